@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backend.hpp"
+#include "cuda/gemm/cublaslt.hpp"
+#include "cuda/ops/cuda_ops.hpp"
+#include "cuda/runtime/runtime.hpp"
+#include "octet/gemm/gemm.hpp"
+
+namespace octet::detail {
+
+const CudaPart& cuda_part() {
+  static const Backend table = {
+      .allocate = cuda::allocate,
+      .deallocate = cuda::deallocate,
+      .copy = cuda::copy,
+      .zero = cuda::zero,
+      .synchronize = cuda::synchronize,
+      .event_create = cuda::event_create,
+      .event_destroy = cuda::event_destroy,
+      .event_record = cuda::event_record,
+      .event_wait = cuda::event_wait,
+      .quantize = cuda::quantize,
+      .convert = cuda::convert,
+      .transpose = cuda::transpose,
+      .measure_amax = cuda::measure_amax,
+      .adamw_initialise = cuda::adamw_initialise,
+      .adamw_sum_squares = cuda::adamw_sum_squares,
+      .adamw_prepare = cuda::adamw_prepare,
+      .adamw_update = cuda::adamw_update,
+      .mean_scales = cuda::mean_scales,
+      .reduce_mean = cuda::reduce_mean,
+      .max_amax = cuda::max_amax,
+  };
+  static const CudaPart part = {
+      .backend = &table,
+      .device_count = cuda::device_count,
+      .check_device = cuda::check_device,
+      .compute_capability = cuda::compute_capability,
+      .make_cublaslt = cuda::make_cublaslt_gemm,
+  };
+  return part;
+}
+
+}  // namespace octet::detail

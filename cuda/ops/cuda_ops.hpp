@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entries of the CUDA table of backend.hpp.
+#pragma once
+
+#include "backend.hpp"
+
+namespace octet::detail::cuda {
+
+void quantize(const Context& ctx, const QuantizeArgs& args);
+void convert(const Context& ctx, const ScaledView& in, const TensorView& out);
+void transpose(const Context& ctx, const TensorView& in, const TensorView& out);
+void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale);
+void adamw_initialise(const Context& ctx, const AdamwInit& init);
+void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums);
+void adamw_prepare(const Context& ctx, const AdamwArgs& args);
+void adamw_update(const Context& ctx, const AdamwArgs& args);
+void mean_scales(const Context& ctx, const MeanArgs& args);
+void reduce_mean(const Context& ctx, const MeanArgs& args);
+void max_amax(const Context& ctx, const TensorScale* gathered, int ranks, std::int64_t count,
+              TensorScale* out);
+
+}  // namespace octet::detail::cuda

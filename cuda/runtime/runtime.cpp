@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/runtime/runtime.hpp"
+
+#include "cuda/check.hpp"
+
+namespace octet::detail::cuda {
+namespace {
+
+// The kernels read and write memory with instructions from this generation on.
+constexpr int kMinimumCapability = 80;
+
+int index_of(void* device_index) {
+  return static_cast<int>(reinterpret_cast<std::intptr_t>(device_index));
+}
+
+}  // namespace
+
+void* allocate(std::size_t bytes, CUstream_st*, void* device_index) {
+  OCTET_CUDA_CHECK(cudaSetDevice(index_of(device_index)));
+  void* data = nullptr;
+  const cudaError_t status = cudaMalloc(&data, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return nullptr;  // the caller's message names the bytes
+  }
+  OCTET_CUDA_CHECK(status);
+  return data;
+}
+
+// Part of destructors: waits for the work that may still use the memory and must not throw.
+void deallocate(void* data, std::size_t, CUstream_st*, void* device_index) {
+  cudaSetDevice(index_of(device_index));
+  cudaFree(data);
+}
+
+void copy(const Context& ctx, void* to, const void* from, std::size_t bytes) {
+  set_device(ctx);
+  OCTET_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, ctx.stream()));
+}
+
+void zero(const Context& ctx, void* data, std::size_t bytes) {
+  set_device(ctx);
+  OCTET_CUDA_CHECK(cudaMemsetAsync(data, 0, bytes, ctx.stream()));
+}
+
+void synchronize(const Context& ctx) {
+  set_device(ctx);
+  OCTET_CUDA_CHECK(cudaStreamSynchronize(ctx.stream()));
+}
+
+void* event_create(const Context& ctx) {
+  set_device(ctx);
+  cudaEvent_t event = nullptr;
+  OCTET_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return event;
+}
+
+void event_destroy(const Context&, void* event) {
+  cudaEventDestroy(static_cast<cudaEvent_t>(event));
+}
+
+void event_record(const Context& ctx, void* event) {
+  set_device(ctx);
+  OCTET_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(event), ctx.stream()));
+}
+
+void event_wait(const Context& ctx, void* event) {
+  set_device(ctx);
+  OCTET_CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), static_cast<cudaEvent_t>(event), 0));
+}
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // no driver or no device: none can be used
+  return 0;
+}
+
+void check_device(int index) {
+  const int count = device_count();
+  require(index >= 0 && index < count, "CUDA device ", index, " is asked for; this machine has ",
+          count);
+  const int capability = compute_capability(index);
+  require(capability >= kMinimumCapability, "CUDA device ", index, " has compute capability ",
+          capability / 10, ".", capability % 10, "; 8.0 or newer is needed");
+}
+
+int compute_capability(int index) {
+  int major = 0;
+  int minor = 0;
+  OCTET_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  OCTET_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  return 10 * major + minor;
+}
+
+}  // namespace octet::detail::cuda

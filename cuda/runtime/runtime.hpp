@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "backend.hpp"
+
+namespace octet::detail::cuda {
+
+void* allocate(std::size_t bytes, CUstream_st* stream, void* device_index);
+void deallocate(void* data, std::size_t bytes, CUstream_st* stream, void* device_index);
+void copy(const Context& ctx, void* to, const void* from, std::size_t bytes);
+void zero(const Context& ctx, void* data, std::size_t bytes);
+void synchronize(const Context& ctx);
+void* event_create(const Context& ctx);
+void event_destroy(const Context& ctx, void* event);
+void event_record(const Context& ctx, void* event);
+void event_wait(const Context& ctx, void* event);
+int device_count();
+void check_device(int index);
+int compute_capability(int index);
+
+}  // namespace octet::detail::cuda

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "octet/comm/communicator.hpp"
+#include "octet/engine/plan.hpp"
+#include "octet/runtime/tensor.hpp"
+
+namespace octet {
+
+struct EngineConfig {
+  Level level = Level::O2;
+  /// Default: what the level says (O3: optimizer, the others: none).
+  std::optional<Sharding> sharding = {};
+  /// Default: the level's formats. Every combination of existing formats works.
+  std::optional<Formats> formats = {};
+  AdamWConfig adamw = {};
+  /// Parameters with at least two dimensions and this many elements are FP8-managed; all others
+  /// have FP32 weight, gradient and states.
+  std::int64_t fp8_min_elements = 4096;
+  /// Gradients are reduced in buckets of at least this many elements.
+  std::int64_t bucket_elements = std::int64_t{32} << 20;
+};
+
+struct ParamSpec {
+  std::string name = {};
+  Shape shape = {};
+  /// Initial values, f32, bf16 or f16, on the engine's device; read by freeze(), so it must stay
+  /// valid until then.
+  TensorView init = {};
+  /// False keeps the parameter out of FP8 whatever its size.
+  bool fp8 = true;
+  /// Instead of the configuration's.
+  std::optional<float> weight_decay = {};
+};
+
+struct ParamId {
+  int index = -1;
+};
+
+struct StepOptions {
+  float lr = 0.0f;
+  /// Read instead of `lr` when set: a device scalar, so that a captured step can change it.
+  const float* lr_device = nullptr;
+  /// Clip the gradients to this global norm; 0 means no clipping.
+  float max_norm = 0.0f;
+};
+
+/// What a step leaves in device memory; read_sync() waits for it.
+struct StepResult {
+  DeviceValue<float> norm;            ///< before clipping; 0 when no clipping was asked for
+  DeviceValue<std::int64_t> step;     ///< steps applied so far
+  DeviceValue<std::int64_t> skipped;  ///< steps skipped so far because of non-finite values
+};
+
+/// The trainer's side of the library: parameters are handed over once, gradients every step.
+/// add(), freeze() are set-up; weight(), add_gradient() and step() are the hot path: no allocation,
+/// no synchronisation, no host read of a device value.
+/// All ranks make the same calls in the same order. Everything is deterministic.
+class Engine {
+ public:
+  /// `comm` must live as long as the engine and belong to the same context.
+  Engine(const Context& ctx, Communicator& comm, const EngineConfig& config = {});
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /// Registers a parameter. Throws octet::Error for a duplicate or empty name, a missing or
+  /// mismatching init, or after freeze().
+  ParamId add(const ParamSpec& spec);
+
+  /// Allocates, checks that all ranks registered the same list (throws on every rank, naming the
+  /// first difference) and builds the plan. Waits for the stream.
+  void freeze();
+
+  /// The compute weight: e4m3 with scale (FP8-managed at O1 to O3), bf16 (O0) or f32. The pointer
+  /// stays the same; the contents change in step().
+  ScaledView weight(ParamId id) const;
+  /// The compute weight decoded into the caller's buffer.
+  void weight_as(ParamId id, const TensorView& out) const;
+
+  /// Hands over the gradient of a parameter for this step: same shape, f32, bf16 or f16. It is
+  /// stored in the engine's format, so `gradient` may be reused at once in stream order. A second
+  /// one before step() is an error: sum the uses of a shared parameter first. A parameter without
+  /// one counts as zero gradient.
+  void add_gradient(ParamId id, const TensorView& gradient);
+
+  /// Reduce over the ranks, clip, update, gather. If any gradient on any rank is not finite nothing
+  /// changes on any rank but the count of skipped steps.
+  StepResult step(const StepOptions& options);
+
+  const Plan& plan() const;
+  /// Device word that a trainer's own kernels (and Linear) set to 1 to have the step skipped.
+  std::uint32_t* nonfinite_flag() const;
+  /// The optimizer, for reading states.
+  const AdamW& optimizer() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace octet

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string_view>
+
+#include "octet/optim/adamw.hpp"
+
+namespace octet {
+
+/// Presets of the formats of FP8-managed parameters, named as in MS-AMP:
+/// O0 is the BF16 baseline; O1 has FP8 GEMMs, gradients and weights with FP32 states; O2 adds FP8
+/// and FP16 states; O3 is O2 with the optimizer sharded by default.
+enum class Level : std::uint8_t { O0, O1, O2, O3 };
+
+/// Where the optimizer lives: whole on every rank, or cut into panels (ZeRO-1).
+enum class Sharding : std::uint8_t { none, optimizer };
+
+struct Formats {
+  DType gradient = DType::f32;
+  StateFormats state = {};
+  bool operator==(const Formats&) const = default;
+};
+
+Formats formats_of(Level level);
+Sharding sharding_of(Level level);
+std::string_view name_of(Level level);
+std::string_view name_of(Sharding sharding);
+/// Throws octet::Error for anything but O0, O1, O2, O3.
+Level parse_level(std::string_view text);
+
+}  // namespace octet

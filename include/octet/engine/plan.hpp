@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "octet/engine/level.hpp"
+
+namespace octet {
+
+/// Bytes of one kind of memory of this rank: what the plan says and what the allocator gave out.
+struct MemoryRow {
+  /// "weight", "gradient", "master", "m", "v", "scales"; "reduced gradient shard",
+  /// "communication", "tables".
+  std::string what;
+  bool fp8_managed = true;
+  bool state = true;  ///< part of the model state (communication memory is not)
+  std::uint64_t predicted = 0;
+  std::uint64_t measured = 0;
+};
+
+/// What really runs, format by format, path by path, with the reason.
+struct Plan {
+  Level level = Level::O0;
+  Sharding sharding = Sharding::none;
+  int ranks = 1;
+  std::string transport;
+  Formats formats;                        ///< of FP8-managed parameters
+  std::int64_t parameters = 0;            ///< elements
+  std::int64_t fp8_parameters = 0;        ///< of those, FP8-managed
+  std::int64_t owned_fp8_parameters = 0;  ///< whose optimizer state this rank holds
+  int buckets = 0;
+  std::string reduction;      ///< path and reason
+  std::string weight_gather;  ///< path and reason
+  std::vector<std::string> notes;
+  std::vector<MemoryRow> memory;
+  /// Payload bytes this rank sends per step.
+  std::uint64_t wire_bytes_per_step = 0;
+
+  /// Adds bytes to the row of this kind, made when it is new.
+  void count(const std::string& what, bool fp8_managed, bool state, std::uint64_t predicted,
+             std::uint64_t measured);
+  /// Sums over the rows that are model state, of FP8-managed parameters only or of all.
+  std::uint64_t state_bytes(bool fp8_managed_only, bool measured) const;
+  /// The whole plan as Markdown.
+  std::string to_markdown() const;
+};
+
+}  // namespace octet

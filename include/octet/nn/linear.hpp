@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "octet/gemm/gemm.hpp"
+#include "octet/runtime/tensor.hpp"
+
+namespace octet {
+
+struct LinearConfig {
+  std::int64_t in_features = 0;
+  std::int64_t out_features = 0;
+  std::int64_t max_tokens = 0;
+  /// e4m3: FP8 GEMMs with current scaling, HYBRID formats (activations and weights E4M3, gradients
+  /// of activations E5M2); in_features and out_features must be multiples of 16, because every
+  /// GEMM contracts over one of them or writes rows of that length. bf16: BF16 GEMMs.
+  DType weight_dtype = DType::e4m3;
+  /// Optional device word, set to 1 by an FP8 Linear when an activation or its gradient is not
+  /// finite, which the saturating cast would hide. A BF16 Linear hides nothing and leaves it alone.
+  std::uint32_t* nonfinite = nullptr;
+};
+
+/// y[T, N] = x[T, K] * w[N, K]^T and its gradients, without bias. The weight belongs to the caller
+/// (an Engine's compute weight, say). Keeps the cast activation between forward and backward.
+/// Scratch comes from the context's workspace, reserved by the constructor; calls allocate nothing
+/// and do not synchronise. Sources: FP8-LM (arXiv 2310.18313) for the formats; current scaling.
+class Linear {
+ public:
+  /// The registry must outlive it. Throws if no backend can run its GEMMs on the context's device.
+  Linear(GemmRegistry& gemms, const LinearConfig& config);
+
+  /// x: [T, K] f32 or bf16, T <= max_tokens, any T. weight: [N, K] of weight_dtype, with its scale
+  /// if that is e4m3. y: [T, N] f32 or bf16, overwritten.
+  void forward(const TensorView& x, const ScaledView& weight, const TensorView& y);
+  /// Gradients for the last forward. dy: [T, N] f32 or bf16. dx: [T, K], dw: [N, K], f32 or bf16,
+  /// overwritten; either may be empty.
+  void backward(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
+                const TensorView& dw);
+
+ private:
+  bool fp8() const { return config_.weight_dtype == DType::e4m3; }
+  void check(const char* what, const TensorView& view, std::int64_t rows, std::int64_t columns,
+             DType allowed, DType also_allowed) const;
+  void check_weight(const ScaledView& weight) const;
+  void check_backends() const;
+  TensorView saved() const;
+  void backward_fp8(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
+                    const TensorView& dw);
+  void backward_bf16(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
+                     const TensorView& dw);
+
+  GemmRegistry& gemms_;
+  LinearConfig config_;
+  std::int64_t tokens_ = -1;  ///< of the last forward; none yet
+  Tensor saved_;   ///< bf16: x [T, K]; fp8: x transposed [K, T padded]; memory for max_tokens
+  Buffer scales_;  ///< fp8: scales of x and dy; they outlive a call because a cast of a tensor that
+                   ///< is not finite keeps the scale before it
+};
+
+}  // namespace octet

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything a trainer needs. Each header can be included alone.
+#pragma once
+
+#include "octet/comm/collectives.hpp"
+#include "octet/comm/communicator.hpp"
+#include "octet/comm/nccl.hpp"
+#include "octet/core/dtype.hpp"
+#include "octet/core/error.hpp"
+#include "octet/core/float16.hpp"
+#include "octet/core/fp8.hpp"
+#include "octet/core/tensor_view.hpp"
+#include "octet/core/version.hpp"
+#include "octet/engine/engine.hpp"
+#include "octet/engine/level.hpp"
+#include "octet/engine/plan.hpp"
+#include "octet/engine/shard_plan.hpp"
+#include "octet/gemm/cublaslt.hpp"
+#include "octet/gemm/gemm.hpp"
+#include "octet/nn/linear.hpp"
+#include "octet/ops/adamw.hpp"
+#include "octet/ops/quantize.hpp"
+#include "octet/ops/reduce_mean.hpp"
+#include "octet/ops/segment.hpp"
+#include "octet/optim/adamw.hpp"
+#include "octet/runtime/allocator.hpp"
+#include "octet/runtime/context.hpp"
+#include "octet/runtime/tensor.hpp"

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "octet/ops/segment.hpp"
+#include "octet/runtime/context.hpp"
+
+namespace octet {
+
+/// Hyper-parameters of AdamW ("Decoupled Weight Decay Regularization", Loshchilov and Hutter,
+/// arXiv 1711.05101), with PyTorch's names and placement of eps.
+struct AdamWConfig {
+  float beta1 = 0.9f;
+  float beta2 = 0.95f;
+  float eps = 1e-8f;
+  float weight_decay = 0.0f;
+  /// Seed of the stochastic rounding of stored states.
+  std::uint64_t seed = 0;
+};
+
+/// One tensor of an update, as device memory sees it. Every pointer belongs to the caller.
+struct AdamwTensor {
+  /// Reduced gradient: e4m3, bf16 or f32. Its scale holds amax too, which bounds the update.
+  const void* gradient = nullptr;
+  const TensorScale* gradient_scale = nullptr;
+  /// Master weight: f32, or f16 with a scale.
+  void* master = nullptr;
+  TensorScale* master_scale = nullptr;
+  /// First moment: f32, or e4m3 with a scale.
+  void* m = nullptr;
+  TensorScale* m_scale = nullptr;
+  /// Second moment: f32, or f16 with a scale.
+  void* v = nullptr;
+  TensorScale* v_scale = nullptr;
+  /// Compute weight written by the update: e4m3 with a scale, bf16, or null where the FP32 master
+  /// is the weight.
+  void* weight = nullptr;
+  TensorScale* weight_scale = nullptr;
+
+  DType gradient_dtype = DType::f32;
+  DType master_dtype = DType::f32;
+  DType m_dtype = DType::f32;
+  DType v_dtype = DType::f32;
+  DType weight_dtype = DType::f32;
+  /// Whether gradient and master are indexed by Segment::local (a shard) or by Segment::begin (the
+  /// whole tensor). m and v are always shards, the weight is always whole.
+  bool gradient_is_shard = false;
+  bool master_is_shard = false;
+  float weight_decay = 0.0f;
+  /// Global index of the tensor's first element for the random words; a multiple of 4.
+  std::uint64_t random_base = 0;
+};
+
+/// Scalars of a running optimizer, in device memory. `step`, `skipped` persist; the rest is
+/// computed anew by adamw_prepare in every step.
+struct AdamwScalars {
+  std::int64_t step = 0;     ///< steps applied
+  std::int64_t skipped = 0;  ///< steps skipped
+  double sum_squares = 0.0;  ///< of the gradients, before clipping
+  float norm = 0.0f;         ///< its root; 0 when no clipping was asked for
+  std::uint32_t skip = 0;    ///< 1 if this step changes nothing
+  float clip = 1.0f;         ///< factor on every gradient
+  float lr = 0.0f;
+  float beta1 = 0.0f, one_minus_beta1 = 0.0f;
+  float beta2 = 0.0f, one_minus_beta2 = 0.0f;
+  float k1 = 0.0f;     ///< 1 / (1 - beta1^t)
+  float k2 = 0.0f;     ///< 1 / sqrt(1 - beta2^t)
+  float bound = 0.0f;  ///< largest |ratio| that exact Adam can reach at this step
+  float eps = 0.0f;
+};
+
+/// Scales of one tensor in the running step: how to decode the old state and encode the new one.
+struct AdamwScales {
+  float gradient_inv = 1.0f;
+  float m_inv = 1.0f, m_scale = 1.0f, m_scale_inv = 1.0f;
+  float v_inv = 1.0f, v_scale = 1.0f, v_scale_inv = 1.0f;
+  float master_inv = 1.0f, master_scale = 1.0f, master_scale_inv = 1.0f;
+  float weight_scale = 1.0f, weight_scale_inv = 1.0f;
+};
+
+struct AdamwArgs {
+  const AdamwTensor* tensors = nullptr;  ///< [tensor_count], device memory
+  std::int64_t tensor_count = 0;
+  const Segment* segments = nullptr;  ///< [segment_count], device memory: what this rank updates
+  std::int64_t segment_count = 0;
+  AdamwScalars* scalars = nullptr;  ///< device memory
+  AdamwScales* scales = nullptr;    ///< [tensor_count], device memory, scratch of the step
+
+  AdamWConfig config = {};
+  /// Learning rate: read from `lr_device` when that is set, else `lr`.
+  float lr = 0.0f;
+  const float* lr_device = nullptr;
+  /// Gradients are scaled so that their norm is at most this; 0 means no clipping. When it is set,
+  /// `segment_sums` must hold the sums of all `total_segments` segments of all ranks.
+  float max_norm = 0.0f;
+  const float* segment_sums = nullptr;
+  std::int64_t total_segments = 0;
+  /// Device word: not 0 means that a gradient is not finite and the step is skipped. Set back to 0.
+  std::uint32_t* nonfinite = nullptr;
+};
+
+/// Sum of squares of the decoded gradients, segment by segment, into sums[Segment::index]: 256
+/// strided lanes, then a binary tree, in FP32. Stream-ordered, one launch. Deterministic; equal
+/// bits on CPU and CUDA and for every sharding.
+void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums);
+
+/// First half of a step: norm and clip factor (a fixed binary tree over the segments in double),
+/// decision to skip, step count, bias corrections, the new scales from the bounds of numerics
+/// section 3. Old scales are taken over into `scales`, the new ones stand in the tensors' scales,
+/// their amax is set to 0. A skipped step changes `skipped` and nothing else.
+/// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA.
+void adamw_prepare(const Context& ctx, const AdamwArgs& args);
+
+/// Second half: the update of numerics section 3 over all segments in one pass, with stochastic
+/// rounding of the quantised states; writes m, v, master, the compute weight and their amax.
+/// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA and for every sharding.
+void adamw_update(const Context& ctx, const AdamwArgs& args);
+
+struct AdamwInit {
+  AdamwTensor tensor;
+  /// Initial weights, whole: f32, bf16 or f16.
+  TensorView values;
+  /// The pieces whose state this rank holds, in the order of its shard; host memory.
+  const Piece* pieces = nullptr;
+  std::int64_t piece_count = 0;
+};
+
+/// State of one tensor before the first step: master = the values, rounded to nearest; m = v = 0;
+/// the compute weight, whole, from the rounded master; all scales from the values' amax.
+/// Stream-ordered; for set-up. Deterministic; equal bits on CPU and CUDA and for every sharding.
+void adamw_initialise(const Context& ctx, const AdamwInit& init);
+
+}  // namespace octet

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "octet/core/tensor_view.hpp"
+#include "octet/runtime/allocator.hpp"
+
+namespace octet {
+
+namespace detail {
+struct Backend;
+struct ContextState;
+}  // namespace detail
+
+/// Device, stream, allocator and workspace of one rank. A handle: copies share the same state,
+/// which lives until the last copy and the last Tensor made from it are gone. One thread at a time.
+/// The stream is the caller's and is never synchronised except by functions named *_sync and by
+/// synchronize().
+class Context {
+ public:
+  /// The calling thread and its OpenMP team do the work, before each call returns.
+  static Context cpu(Allocator allocator = {});
+
+  /// Work is enqueued on `stream` (a cudaStream_t) of CUDA device `device`.
+  /// Throws if the library was built without CUDA or there is no such device.
+  static Context cuda(int device, CUstream_st* stream, Allocator allocator = {});
+
+  Device device() const;
+  CUstream_st* stream() const;
+  MemoryUse memory_use() const;
+  /// Makes the current use the new peak.
+  void reset_peak();
+  /// Waits until everything enqueued so far is done; throws what an earlier kernel failed with.
+  void synchronize() const;
+
+  /// Grows the workspace to at least `bytes`; for set-up, not for the hot path. Throws while a
+  /// WorkspaceScope is open.
+  void reserve_workspace(std::size_t bytes);
+  std::size_t workspace_bytes() const;
+
+  const std::shared_ptr<detail::ContextState>& state() const { return state_; }
+
+ private:
+  explicit Context(std::shared_ptr<detail::ContextState> state) : state_(std::move(state)) {}
+  std::shared_ptr<detail::ContextState> state_;
+};
+
+/// Scratch memory from the context's workspace, given back at the end of the scope. Scopes nest.
+/// Reuse needs no synchronisation because everything runs in the order of one stream.
+class WorkspaceScope {
+ public:
+  explicit WorkspaceScope(const Context& ctx);
+  ~WorkspaceScope();
+  WorkspaceScope(const WorkspaceScope&) = delete;
+  WorkspaceScope& operator=(const WorkspaceScope&) = delete;
+
+  /// `bytes` bytes aligned to 256. Throws if the workspace that was reserved is too small.
+  void* take(std::size_t bytes);
+  TensorView take(DType dtype, Shape shape);
+  /// What take() of these bytes uses up: for adding up a reservation.
+  static std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+ private:
+  Context ctx_;
+  std::size_t start_;
+};
+
+/// Number of CUDA devices this build can use: 0 without CUDA, without a driver or without a GPU.
+int cuda_device_count();
+
+/// A point in the context's stream that other streams can wait for. On a CPU every call is done
+/// when it returns, and an event is nothing.
+class Event {
+ public:
+  explicit Event(const Context& ctx);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  /// Marks everything enqueued on the context's stream so far.
+  void record();
+  /// Makes `ctx`'s stream wait for the last record(); the host does not wait.
+  void make_wait(const Context& ctx) const;
+
+ private:
+  Context ctx_;
+  void* event_ = nullptr;
+};
+
+}  // namespace octet

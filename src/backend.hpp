@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The private seam: one table of function pointers per kind of device. A public function checks its
+// arguments, picks the table by ctx.device() and makes one indirect call.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "octet/ops/adamw.hpp"
+#include "octet/ops/quantize.hpp"
+#include "octet/ops/reduce_mean.hpp"
+#include "octet/runtime/context.hpp"
+
+namespace octet {
+class GemmBackend;
+}
+
+namespace octet::detail {
+
+struct Backend {
+  // runtime
+  void* (*allocate)(std::size_t bytes, CUstream_st* stream, void* device_index);
+  void (*deallocate)(void* data, std::size_t bytes, CUstream_st* stream, void* device_index);
+  void (*copy)(const Context&, void* to, const void* from, std::size_t bytes);
+  void (*zero)(const Context&, void* data, std::size_t bytes);
+  void (*synchronize)(const Context&);
+  void* (*event_create)(const Context&);
+  void (*event_destroy)(const Context&, void* event);
+  void (*event_record)(const Context&, void* event);
+  void (*event_wait)(const Context&, void* event);
+  // ops
+  void (*quantize)(const Context&, const QuantizeArgs&);
+  void (*convert)(const Context&, const ScaledView& in, const TensorView& out);
+  void (*transpose)(const Context&, const TensorView& in, const TensorView& out);
+  void (*measure_amax)(const Context&, const TensorView& in, TensorScale* scale);
+  void (*adamw_initialise)(const Context&, const AdamwInit&);
+  void (*adamw_sum_squares)(const Context&, const AdamwArgs&, float* sums);
+  void (*adamw_prepare)(const Context&, const AdamwArgs&);
+  void (*adamw_update)(const Context&, const AdamwArgs&);
+  void (*mean_scales)(const Context&, const MeanArgs&);
+  void (*reduce_mean)(const Context&, const MeanArgs&);
+  void (*max_amax)(const Context&, const TensorScale* gathered, int ranks, std::int64_t count,
+                   TensorScale* out);
+};
+
+const Backend& cpu_backend();
+
+/// What the CUDA part of a build offers. A build without the toolkit has a stub in its place, whose
+/// `backend` is null.
+struct CudaPart {
+  const Backend* backend = nullptr;
+  int (*device_count)() = nullptr;
+  /// Throws octet::Error unless the device exists and can run the library's kernels.
+  void (*check_device)(int index) = nullptr;
+  /// Compute capability as 10 * major + minor.
+  int (*compute_capability)(int index) = nullptr;
+  /// The vendor GEMM library as a backend of the registry.
+  std::unique_ptr<GemmBackend> (*make_cublaslt)(const Context&) = nullptr;
+};
+const CudaPart& cuda_part();
+
+struct ContextState {
+  Device device;
+  CUstream_st* stream = nullptr;
+  Allocator allocator;
+  const Backend* backend = nullptr;
+  MemoryUse use;
+  void* workspace = nullptr;
+  std::size_t workspace_bytes = 0;
+  std::size_t workspace_used = 0;
+  int open_scopes = 0;
+
+  ~ContextState();
+  void* allocate(std::size_t bytes);
+  void deallocate(void* data, std::size_t bytes) noexcept;
+};
+
+inline const Backend& backend_of(const Context& ctx) { return *ctx.state()->backend; }
+
+}  // namespace octet::detail

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "octet/comm/communicator.hpp"
+
+#include <algorithm>
+
+#include "octet/runtime/tensor.hpp"
+
+namespace octet {
+namespace {
+
+template <class Part>
+void check_parts(std::span<const Part> parts, const Communicator& comm, const char* what) {
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const Part& part = parts[i];
+    require(part.peer >= 0 && part.peer < comm.size(), "exchange on rank ", comm.rank(), ": ", what,
+            " ", i, " names rank ", part.peer, "; allowed are 0 to ", comm.size() - 1);
+    require(part.peer != comm.rank(), "exchange on rank ", comm.rank(), ": ", what, " ", i,
+            " is to this rank itself");
+    require(part.data != nullptr || part.bytes == 0, "exchange on rank ", comm.rank(), ": ", what,
+            " ", i, " of ", part.bytes, " bytes has a null pointer");
+  }
+}
+
+class SingleRank final : public Communicator {
+ public:
+  using Communicator::Communicator;
+  int rank() const override { return 0; }
+  int size() const override { return 1; }
+  std::string name() const override { return "single"; }
+
+ protected:
+  void do_exchange(std::span<const SendPart>, std::span<const RecvPart>) override {}
+  void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
+    if (send != recv) copy_bytes(context(), recv, send, bytes);
+  }
+};
+
+}  // namespace
+
+void Communicator::exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs,
+                            Traffic traffic) {
+  check_parts(sends, *this, "send");
+  check_parts(recvs, *this, "receive");
+  do_exchange(sends, recvs);
+  std::uint64_t& count = traffic == Traffic::payload ? wire_.payload : wire_.metadata;
+  for (const SendPart& part : sends) count += part.bytes;
+}
+
+void Communicator::all_gather(const void* send, void* recv, std::size_t bytes) {
+  require(bytes == 0 || (send != nullptr && recv != nullptr), "all_gather on rank ", rank(), " of ",
+          bytes, " bytes has a null pointer");
+  do_all_gather(send, recv, bytes);
+  wire_.metadata += bytes * static_cast<std::uint64_t>(size() - 1);
+}
+
+std::unique_ptr<Communicator> make_single(const Context& ctx) {
+  return std::make_unique<SingleRank>(ctx);
+}
+
+std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text) {
+  const Context& ctx = comm.context();
+  const auto ranks = static_cast<std::size_t>(comm.size());
+
+  const std::uint64_t length = text.size();
+  const Buffer own_length = upload_sync<std::uint64_t>(ctx, std::span(&length, 1));
+  const Buffer all_lengths(ctx, ranks * sizeof(length));
+  comm.all_gather(own_length.data(), all_lengths.data(), sizeof(length));
+  const auto lengths = read_sync<std::uint64_t>(ctx, all_lengths.data(), ranks);
+
+  std::vector<std::string> texts(ranks);
+  const std::size_t longest = *std::max_element(lengths.begin(), lengths.end());
+  if (longest == 0) return texts;
+  std::string padded = text;
+  padded.resize(longest);
+  const Buffer own = upload_sync<char>(ctx, std::span<const char>(padded));
+  const Buffer all(ctx, ranks * longest);
+  comm.all_gather(own.data(), all.data(), longest);
+  const auto bytes = read_sync<char>(ctx, all.data(), ranks * longest);
+  for (std::size_t r = 0; r < ranks; ++r) {
+    texts[r].assign(bytes.data() + r * longest, lengths[r]);
+  }
+  return texts;
+}
+
+}  // namespace octet

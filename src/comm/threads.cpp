@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ranks as threads. In a collective the host threads meet: first when every rank has said what it
+// sends and where from, whereupon each copies what it is to receive; then when all have copied. On
+// CUDA the copies are only enqueued: a receiver's stream waits for the sender's data, the sender's
+// stream for the receivers' copies, and a third meeting keeps the events alive until all waits are
+// in place.
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <optional>
+
+#include "octet/comm/communicator.hpp"
+#include "octet/runtime/tensor.hpp"
+
+namespace octet {
+namespace {
+
+enum class Collective { exchange, all_gather };
+
+const char* name_of(Collective kind) {
+  return kind == Collective::exchange ? "exchange" : "all_gather";
+}
+
+// What one rank brings to the collective in progress; written before the first meeting, read by the
+// others until the last.
+struct Offer {
+  Collective kind = Collective::exchange;
+  std::span<const SendPart> sends;
+  std::span<const RecvPart> recvs;
+  const void* data = nullptr;  // of all_gather
+  std::size_t bytes = 0;
+  const Event* ready = nullptr;  // what the rank sends is in place
+  const Event* done = nullptr;   // the rank has copied what it receives
+};
+
+struct Slot {
+  Offer offer;
+  bool joined = false;
+  bool left = false;
+  bool arrived = false;
+};
+
+// The next send to `peer` at or after `cursor`; null at the end.
+const SendPart* next_send(const Offer& from, int peer, std::size_t& cursor) {
+  while (cursor < from.sends.size()) {
+    const SendPart& part = from.sends[cursor++];
+    if (part.peer == peer) return &part;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+struct ThreadGroup::State {
+  State(int ranks, std::chrono::milliseconds patience)
+      : slots(static_cast<std::size_t>(ranks)), deadline(patience) {}
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<Slot> slots;
+  const std::chrono::milliseconds deadline;
+  std::optional<DeviceType> device;  // of every rank's context
+  std::optional<std::string> aborted;
+  std::uint64_t meetings = 0;  // first meetings completed so far
+  int here = 0;                // ranks at the first meeting in progress
+  int copying = 0;             // ranks that still have to come to the second meeting
+  int ordering = 0;            // and to the third
+
+  int size() const { return static_cast<int>(slots.size()); }
+  Slot& slot(int rank) { return slots[static_cast<std::size_t>(rank)]; }
+  const Offer& offer(int rank) const { return slots[static_cast<std::size_t>(rank)].offer; }
+
+  // The functions below are called with the mutex held.
+  void abort_locked(const std::string& reason) {
+    if (!aborted.has_value()) aborted = reason;
+    changed.notify_all();
+  }
+  [[noreturn]] void abort_and_throw(const std::string& reason) {
+    abort_locked(reason);
+    throw CommError(*aborted);
+  }
+  void throw_if_aborted() const {
+    if (aborted.has_value()) throw CommError(*aborted);
+  }
+  std::string absent(const char* what) const;
+  bool somebody_left() const;
+  std::string mismatch() const;
+  std::string exchange_mismatch(int from, int to) const;
+  void complete_first_meeting();
+
+  void meet(int rank, const Offer& offer);
+  void meet_again(int& outstanding);
+};
+
+namespace {
+
+std::string joined_ranks(const std::vector<int>& ranks) {
+  std::ostringstream text;
+  text << (ranks.size() == 1 ? "rank " : "ranks ");
+  for (std::size_t i = 0; i < ranks.size(); ++i) text << (i == 0 ? "" : ", ") << ranks[i];
+  return text.str();
+}
+
+}  // namespace
+
+// "rank 2 of 4 did not come to exchange 7 within 50 ms".
+std::string ThreadGroup::State::absent(const char* what) const {
+  std::vector<int> missing, left;
+  for (int r = 0; r < size(); ++r) {
+    const Slot& slot = slots[static_cast<std::size_t>(r)];
+    if (!slot.arrived) (slot.left ? left : missing).push_back(r);
+  }
+  std::ostringstream text;
+  text << what << " (collective " << meetings << " of the group): ";
+  if (!left.empty()) {
+    text << joined_ranks(left) << " of " << size() << " left the group without calling it";
+  } else {
+    text << joined_ranks(missing) << " of " << size() << " did not come within " << deadline.count()
+         << " ms";
+  }
+  return text.str();
+}
+
+bool ThreadGroup::State::somebody_left() const {
+  for (const Slot& slot : slots) {
+    if (slot.left && !slot.arrived) return true;
+  }
+  return false;
+}
+
+std::string ThreadGroup::State::exchange_mismatch(int from, int to) const {
+  std::size_t send_cursor = 0;
+  std::ostringstream text;
+  std::size_t k = 0;
+  for (const RecvPart& recv : offer(to).recvs) {
+    if (recv.peer != from) continue;
+    const SendPart* send = next_send(offer(from), to, send_cursor);
+    if (send == nullptr) {
+      text << "exchange: rank " << to << " receives more parts from rank " << from << " than the "
+           << k << " that rank " << from << " sends to it";
+      return text.str();
+    }
+    if (send->bytes != recv.bytes) {
+      text << "exchange: part " << k << " from rank " << from << " to rank " << to << " is "
+           << send->bytes << " bytes on rank " << from << " but " << recv.bytes << " on rank "
+           << to;
+      return text.str();
+    }
+    ++k;
+  }
+  if (next_send(offer(from), to, send_cursor) == nullptr) return {};
+  text << "exchange: rank " << from << " sends more parts to rank " << to << " than the " << k
+       << " that rank " << to << " receives from it";
+  return text.str();
+}
+
+// Empty when all offers fit together.
+std::string ThreadGroup::State::mismatch() const {
+  std::ostringstream text;
+  for (int r = 1; r < size(); ++r) {
+    if (offer(r).kind != offer(0).kind) {
+      text << "rank 0 called " << name_of(offer(0).kind) << " while rank " << r << " called "
+           << name_of(offer(r).kind);
+      return text.str();
+    }
+    if (offer(r).bytes != offer(0).bytes) {
+      text << "all_gather: rank 0 contributes " << offer(0).bytes << " bytes but rank " << r << " "
+           << offer(r).bytes;
+      return text.str();
+    }
+  }
+  if (offer(0).kind == Collective::all_gather) return {};
+  for (int from = 0; from < size(); ++from) {
+    for (int to = 0; to < size(); ++to) {
+      if (from == to) continue;
+      const std::string difference = exchange_mismatch(from, to);
+      if (!difference.empty()) return difference;
+    }
+  }
+  return {};
+}
+
+void ThreadGroup::State::complete_first_meeting() {
+  const std::string difference = mismatch();
+  if (!difference.empty()) abort_and_throw(difference);
+  for (Slot& slot : slots) slot.arrived = false;
+  here = 0;
+  copying = size();
+  ordering = size();
+  ++meetings;
+  changed.notify_all();
+}
+
+// The first meeting. Whoever returns from it must come to the later ones.
+void ThreadGroup::State::meet(int rank, const Offer& offer) {
+  std::unique_lock lock(mutex);
+  throw_if_aborted();
+  slot(rank).offer = offer;
+  slot(rank).arrived = true;
+  const std::uint64_t meeting = meetings;
+  if (++here == size()) {
+    complete_first_meeting();
+    return;
+  }
+  const auto until = std::chrono::steady_clock::now() + deadline;
+  const auto over = [&] { return meetings != meeting || aborted.has_value() || somebody_left(); };
+  const bool in_time = changed.wait_until(lock, until, over);
+  if (meetings != meeting)
+    return;  // complete: even if aborted since, the others count on this rank
+  throw_if_aborted();
+  if (!in_time || somebody_left()) abort_and_throw(absent(name_of(offer.kind)));
+}
+
+// The later meetings. They cannot hang, because between meetings nobody waits for another. No rank
+// leaves before all are through, so what a rank offered stays valid while others read it, also when
+// one of them fails.
+void ThreadGroup::State::meet_again(int& outstanding) {
+  std::unique_lock lock(mutex);
+  if (--outstanding == 0) changed.notify_all();
+  changed.wait(lock, [&] { return outstanding == 0; });
+}
+
+namespace {
+
+class ThreadRank final : public Communicator {
+ public:
+  ThreadRank(std::shared_ptr<ThreadGroup::State> state, int rank, const Context& ctx)
+      : Communicator(ctx), state_(std::move(state)), rank_(rank), ready_(ctx), done_(ctx) {}
+
+  ~ThreadRank() override {
+    const std::lock_guard lock(state_->mutex);
+    state_->slot(rank_).left = true;
+    state_->changed.notify_all();
+  }
+
+  int rank() const override { return rank_; }
+  int size() const override { return state_->size(); }
+  std::string name() const override { return "threads"; }
+
+ protected:
+  void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) override {
+    Offer offer;
+    offer.sends = sends;
+    offer.recvs = recvs;
+    collective(offer, [&] {
+      for (int peer = 0; peer < size(); ++peer) receive_from(peer, recvs);
+    });
+  }
+
+  void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
+    Offer offer;
+    offer.kind = Collective::all_gather;
+    offer.data = send;
+    offer.bytes = bytes;
+    collective(offer, [&] {
+      for (int peer = 0; peer < size(); ++peer) {
+        const Offer& theirs = state_->offer(peer);
+        void* to = static_cast<char*>(recv) + static_cast<std::size_t>(peer) * bytes;
+        if (peer != rank_) theirs.ready->make_wait(context());
+        if (to != theirs.data) copy_bytes(context(), to, theirs.data, bytes);
+      }
+    });
+  }
+
+ private:
+  template <class Copy>
+  void collective(Offer& offer, Copy copy) {
+    ready_.record();
+    offer.ready = &ready_;
+    offer.done = &done_;
+    state_->meet(rank_, offer);
+    guarded([&] {
+      copy();
+      done_.record();
+    });
+    state_->meet_again(state_->copying);
+    if (context().device().type == DeviceType::cuda) {
+      guarded([&] {
+        for (int peer = 0; peer < size(); ++peer) {
+          if (peer != rank_) state_->offer(peer).done->make_wait(context());
+        }
+      });
+      state_->meet_again(state_->ordering);
+    }
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
+  }
+
+  // A rank that fails between meetings aborts the group but still comes to the meetings.
+  template <class Work>
+  void guarded(Work work) {
+    if (failure_ != nullptr) return;
+    try {
+      work();
+    } catch (const std::exception& error) {
+      failure_ = std::current_exception();
+      const std::lock_guard lock(state_->mutex);
+      state_->abort_locked("rank " + std::to_string(rank_) + " failed: " + error.what());
+    }
+  }
+
+  void receive_from(int peer, std::span<const RecvPart> recvs) {
+    const Offer& theirs = state_->offer(peer);
+    std::size_t cursor = 0;
+    bool waited = false;
+    for (const RecvPart& recv : recvs) {
+      if (recv.peer != peer) continue;
+      const SendPart* send = next_send(theirs, rank_, cursor);
+      if (!waited) theirs.ready->make_wait(context());
+      waited = true;
+      copy_bytes(context(), recv.data, send->data, recv.bytes);
+    }
+  }
+
+  std::shared_ptr<ThreadGroup::State> state_;
+  int rank_;
+  Event ready_, done_;
+  std::exception_ptr failure_;
+};
+
+int checked_size(int size) {
+  require(size >= 1, "ThreadGroup: size is ", size, "; it must be at least 1");
+  return size;
+}
+
+}  // namespace
+
+ThreadGroup::ThreadGroup(int size, std::chrono::milliseconds deadline)
+    : state_(std::make_shared<State>(checked_size(size), deadline)) {}
+
+ThreadGroup::~ThreadGroup() = default;
+
+std::unique_ptr<Communicator> ThreadGroup::join(int rank, const Context& ctx) {
+  require(rank >= 0 && rank < state_->size(), "ThreadGroup::join: rank is ", rank,
+          "; allowed are 0 to ", state_->size() - 1);
+  const std::lock_guard lock(state_->mutex);
+  require(!state_->slot(rank).joined, "ThreadGroup::join: rank ", rank, " has joined before");
+  const DeviceType device = ctx.device().type;
+  require(state_->device.value_or(device) == device, "ThreadGroup::join: rank ", rank, " is on ",
+          to_string(ctx.device()), "; all ranks must be on the same kind of device");
+  auto comm = std::make_unique<ThreadRank>(state_, rank, ctx);
+  state_->slot(rank).joined = true;
+  state_->device = device;
+  return comm;
+}
+
+void ThreadGroup::abort(const std::string& reason) {
+  const std::lock_guard lock(state_->mutex);
+  state_->abort_locked(reason);
+}
+
+}  // namespace octet

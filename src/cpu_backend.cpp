@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backend.hpp"
+#include "ops/cpu_ops.hpp"
+#include "runtime/cpu.hpp"
+
+namespace octet::detail {
+
+const Backend& cpu_backend() {
+  static const Backend table = {
+      .allocate = cpu::allocate,
+      .deallocate = cpu::deallocate,
+      .copy = cpu::copy,
+      .zero = cpu::zero,
+      .synchronize = cpu::synchronize,
+      .event_create = cpu::event_create,
+      .event_destroy = cpu::event_destroy,
+      .event_record = cpu::event_record,
+      .event_wait = cpu::event_wait,
+      .quantize = cpu::quantize,
+      .convert = cpu::convert,
+      .transpose = cpu::transpose,
+      .measure_amax = cpu::measure_amax,
+      .adamw_initialise = cpu::adamw_initialise,
+      .adamw_sum_squares = cpu::adamw_sum_squares,
+      .adamw_prepare = cpu::adamw_prepare,
+      .adamw_update = cpu::adamw_update,
+      .mean_scales = cpu::mean_scales,
+      .reduce_mean = cpu::reduce_mean,
+      .max_amax = cpu::max_amax,
+  };
+  return table;
+}
+
+}  // namespace octet::detail

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "octet/engine/engine.hpp"
+
+#include <cmath>
+#include <utility>
+
+#include "engine/engine_impl.hpp"
+#include "octet/ops/quantize.hpp"
+
+namespace octet {
+
+Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& config)
+    : impl_(std::make_unique<Impl>(ctx, comm, config)) {
+  require(comm.context().state() == ctx.state(),
+          "Engine: the communicator belongs to another context (",
+          to_string(comm.context().device()), ") than the engine (", to_string(ctx.device()), ")");
+  require(config.bucket_elements > 0, "Engine: bucket_elements is ", config.bucket_elements,
+          "; it must be positive");
+  require(config.fp8_min_elements >= 0, "Engine: fp8_min_elements is ", config.fp8_min_elements,
+          "; it must not be negative");
+  impl_->plan.level = config.level;
+  impl_->plan.sharding = config.sharding.value_or(sharding_of(config.level));
+  impl_->plan.formats = config.formats.value_or(formats_of(config.level));
+}
+
+Engine::~Engine() = default;
+
+ParamId Engine::add(const ParamSpec& spec) {
+  Impl& e = *impl_;
+  require(!e.frozen, "Engine::add(\"", spec.name, "\") after freeze()");
+  require(!spec.name.empty(), "Engine::add: a parameter of shape ", to_string(spec.shape),
+          " has no name");
+  for (const Impl::Param& other : e.params) {
+    require(other.spec.name != spec.name, "Engine::add: a parameter named \"", spec.name,
+            "\" is registered already");
+  }
+  require(spec.shape.rank() > 0, "parameter \"", spec.name, "\" has no shape");
+  require(!spec.init.empty() || spec.shape.numel() == 0, "parameter \"", spec.name,
+          "\" has no initial values");
+  require(spec.init.shape == spec.shape, "parameter \"", spec.name, "\" has shape ",
+          to_string(spec.shape), " but its initial values have ", to_string(spec.init.shape));
+  require(!is_fp8(spec.init.dtype), "parameter \"", spec.name, "\" has initial values in ",
+          name_of(spec.init.dtype), "; allowed are f32, bf16, f16");
+  require(spec.init.device == e.ctx.device(), "parameter \"", spec.name,
+          "\" has initial values on ", to_string(spec.init.device), "; the engine is on ",
+          to_string(e.ctx.device()));
+  Impl::Param param;
+  param.spec = spec;
+  param.managed =
+      spec.fp8 && spec.shape.rank() >= 2 && spec.shape.numel() >= e.config.fp8_min_elements;
+  if (param.managed) param.formats = e.plan.formats;
+  e.params.push_back(std::move(param));
+  return {static_cast<int>(e.params.size()) - 1};
+}
+
+void Engine::freeze() {
+  Impl& e = *impl_;
+  require(!e.frozen, "Engine::freeze() was called already");
+  e.check_lists_agree();
+  e.make_buckets();
+  e.allocate_parameters();
+  e.allocate_optimizer();
+  e.allocate_communication();
+  e.initialise();
+  e.describe();
+  e.frozen = true;
+}
+
+ScaledView Engine::weight(ParamId id) const {
+  const Impl& e = *impl_;
+  e.require_frozen("weight");
+  const Impl::Param& p = e.param(id, "weight");
+  const bool scaled = is_fp8(p.formats.state.weight);
+  return {p.weight.view(), scaled ? e.adamw->weight_scale(id.index) : nullptr};
+}
+
+void Engine::weight_as(ParamId id, const TensorView& out) const {
+  convert(impl_->ctx, weight(id), out);
+}
+
+void Engine::add_gradient(ParamId id, const TensorView& gradient) {
+  Impl& e = *impl_;
+  e.require_frozen("add_gradient");
+  Impl::Param& p = e.param(id, "add_gradient");
+  require(gradient.shape == p.spec.shape, "parameter \"", p.spec.name, "\" has shape ",
+          to_string(p.spec.shape), " but its gradient has ", to_string(gradient.shape));
+  require(!is_fp8(gradient.dtype), "parameter \"", p.spec.name, "\": the gradient is ",
+          name_of(gradient.dtype), "; allowed are f32, bf16, f16");
+  require(gradient.device == e.ctx.device(), "parameter \"", p.spec.name, "\": the gradient is on ",
+          to_string(gradient.device), ", the engine on ", to_string(e.ctx.device()));
+  require(!gradient.empty() || gradient.numel() == 0, "parameter \"", p.spec.name,
+          "\": the gradient has a null pointer");
+  require(!p.has_gradient, "parameter \"", p.spec.name,
+          "\" has a gradient already; one per parameter and step is allowed (sum the uses of a "
+          "shared parameter first)");
+  e.store_gradient(p, gradient);
+  p.has_gradient = true;
+}
+
+void Engine::Impl::store_gradient(Param& p, const TensorView& gradient) {
+  if (is_fp8(p.formats.gradient)) {
+    quantize(
+        ctx,
+        {.in = gradient, .out = {p.gradient.view(), p.gradient_scale}, .nonfinite = nonfinite()});
+    return;
+  }
+  convert(ctx, {gradient, nullptr}, p.gradient.view());
+  measure_amax(ctx, gradient, p.gradient_scale);
+}
+
+StepResult Engine::step(const StepOptions& options) {
+  Impl& e = *impl_;
+  e.require_frozen("step");
+  require(options.lr_device != nullptr || (options.lr >= 0.0f && std::isfinite(options.lr)),
+          "Engine::step: lr is ", options.lr, "; it must be finite and not negative");
+  require(options.max_norm >= 0.0f && std::isfinite(options.max_norm), "Engine::step: max_norm is ",
+          options.max_norm, "; it must be finite and positive, or 0 for no clipping");
+  for (Impl::Param& p : e.params) {
+    if (!std::exchange(p.has_gradient, false)) {
+      zero_bytes(e.ctx, p.gradient.view().data, p.gradient.bytes());
+      copy_bytes(e.ctx, p.gradient_scale, e.zero_scale.data(), sizeof(TensorScale));
+    }
+  }
+  std::uint32_t* flag = e.nonfinite();
+  for (Impl::Bucket& bucket : e.buckets) bucket.reducer->run(flag);
+  e.share_flag();
+  if (options.max_norm > 0.0f) {
+    e.adamw->sum_squares();
+    if (e.sum_gather != nullptr) e.sum_gather->run();
+  }
+  e.adamw->step({.lr = options.lr,
+                 .lr_device = options.lr_device,
+                 .max_norm = options.max_norm,
+                 .nonfinite = flag});
+  if (e.sharded()) {
+    e.weight_gather->run();
+    e.comm.all_gather(e.adamw->scales(), e.gathered_scales.data(),
+                      static_cast<std::size_t>(e.adamw->scale_count()) * sizeof(TensorScale));
+    max_amax(e.ctx, e.gathered_scales.as<const TensorScale>(), e.comm.size(),
+             e.adamw->scale_count(), e.adamw->scales());
+  }
+  const AdamwScalars* s = e.adamw->scalars();
+  return {.norm = {e.ctx, &s->norm}, .step = {e.ctx, &s->step}, .skipped = {e.ctx, &s->skipped}};
+}
+
+void Engine::Impl::share_flag() {
+  if (comm.size() == 1) return;
+  comm.all_gather(flag.data(), gathered_flags.data(), sizeof(TensorScale));
+  max_amax(ctx, gathered_flags.as<const TensorScale>(), comm.size(), 1, flag.as<TensorScale>());
+}
+
+const Plan& Engine::plan() const {
+  impl_->require_frozen("plan");
+  return impl_->plan;
+}
+
+std::uint32_t* Engine::nonfinite_flag() const {
+  impl_->require_frozen("nonfinite_flag");
+  return impl_->nonfinite();
+}
+
+const AdamW& Engine::optimizer() const {
+  impl_->require_frozen("optimizer");
+  return *impl_->adamw;
+}
+
+void Engine::Impl::require_frozen(const char* call) const {
+  require(frozen, "Engine::", call, "() before freeze()");
+}
+
+Engine::Impl::Param& Engine::Impl::param(ParamId id, const char* call) {
+  return const_cast<Param&>(std::as_const(*this).param(id, call));
+}
+
+const Engine::Impl::Param& Engine::Impl::param(ParamId id, const char* call) const {
+  require(id.index >= 0 && static_cast<std::size_t>(id.index) < params.size(), "Engine::", call,
+          ": there is no parameter with id ", id.index, "; ids are 0 to ",
+          static_cast<std::int64_t>(params.size()) - 1);
+  return params[static_cast<std::size_t>(id.index)];
+}
+
+}  // namespace octet

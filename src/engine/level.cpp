@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "octet/engine/level.hpp"
+
+#include "octet/core/error.hpp"
+
+namespace octet {
+
+Formats formats_of(Level level) {
+  switch (level) {
+    case Level::O0:
+      return {
+          .gradient = DType::bf16,
+          .state = {.weight = DType::bf16, .master = DType::f32, .m = DType::f32, .v = DType::f32}};
+    case Level::O1:
+      return {
+          .gradient = DType::e4m3,
+          .state = {.weight = DType::e4m3, .master = DType::f16, .m = DType::f32, .v = DType::f32}};
+    case Level::O2:
+    case Level::O3: break;
+  }
+  return {
+      .gradient = DType::e4m3,
+      .state = {.weight = DType::e4m3, .master = DType::f16, .m = DType::e4m3, .v = DType::f16}};
+}
+
+Sharding sharding_of(Level level) {
+  return level == Level::O3 ? Sharding::optimizer : Sharding::none;
+}
+
+std::string_view name_of(Level level) {
+  constexpr std::string_view kNames[] = {"O0", "O1", "O2", "O3"};
+  return kNames[static_cast<int>(level)];
+}
+
+std::string_view name_of(Sharding sharding) {
+  return sharding == Sharding::none ? "none" : "optimizer";
+}
+
+Level parse_level(std::string_view text) {
+  for (Level level : {Level::O0, Level::O1, Level::O2, Level::O3}) {
+    if (text == name_of(level)) return level;
+  }
+  fail("unknown level \"", text, "\"; allowed are O0, O1, O2, O3");
+}
+
+}  // namespace octet

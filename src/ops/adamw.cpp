@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "octet/ops/adamw.hpp"
+
+#include "backend.hpp"
+
+namespace octet {
+namespace {
+
+void check(const AdamwArgs& args, const char* op) {
+  require(args.tensor_count >= 0 && args.segment_count >= 0, op, ": ", args.tensor_count,
+          " tensors and ", args.segment_count, " segments; counts must not be negative");
+  require(args.tensor_count == 0 ||
+              (args.tensors != nullptr && args.scalars != nullptr && args.scales != nullptr),
+          op, ": tensors, scalars and scales must all be given");
+  require(args.segment_count == 0 || args.segments != nullptr, op,
+          ": the segment table is missing");
+}
+
+}  // namespace
+
+void adamw_initialise(const Context& ctx, const AdamwInit& init) {
+  const TensorView& values = init.values;
+  require(!is_fp8(values.dtype), "adamw_initialise: the values are ", name_of(values.dtype),
+          "; allowed are f32, bf16, f16");
+  require(values.numel() == 0 || values.data != nullptr,
+          "adamw_initialise: the values have a null pointer");
+  require(values.device == ctx.device(), "adamw_initialise: the values are on ",
+          to_string(values.device), " but the context is on ", to_string(ctx.device()));
+  for (std::int64_t p = 0; p < init.piece_count; ++p) {
+    const Piece& piece = init.pieces[p];
+    require(piece.begin >= 0 && piece.count >= 0 && piece.begin + piece.count <= values.numel(),
+            "adamw_initialise: a piece covers elements ", piece.begin, " to ",
+            piece.begin + piece.count, " of ", values.numel());
+  }
+  detail::backend_of(ctx).adamw_initialise(ctx, init);
+}
+
+void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums) {
+  check(args, "adamw_sum_squares");
+  require(args.segment_count == 0 || sums != nullptr, "adamw_sum_squares: no place for the sums");
+  if (args.segment_count != 0) detail::backend_of(ctx).adamw_sum_squares(ctx, args, sums);
+}
+
+void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
+  check(args, "adamw_prepare");
+  require(args.scalars != nullptr, "adamw_prepare: the scalars are missing");
+  require(args.max_norm >= 0.0f, "adamw_prepare: max_norm is ", args.max_norm,
+          "; it must be positive, or 0 for no clipping");
+  require(args.max_norm == 0.0f || args.total_segments == 0 || args.segment_sums != nullptr,
+          "adamw_prepare: max_norm is ", args.max_norm, " but segment_sums is missing");
+  require(args.lr_device != nullptr || args.lr >= 0.0f, "adamw_prepare: lr is ", args.lr,
+          "; it must not be negative");
+  detail::backend_of(ctx).adamw_prepare(ctx, args);
+}
+
+void adamw_update(const Context& ctx, const AdamwArgs& args) {
+  check(args, "adamw_update");
+  if (args.segment_count != 0) detail::backend_of(ctx).adamw_update(ctx, args);
+}
+
+}  // namespace octet

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "octet/ops/quantize.hpp"
+
+#include "backend.hpp"
+
+namespace octet {
+namespace {
+
+bool is_wide(DType dtype) { return !is_fp8(dtype); }
+
+void check_device(const Context& ctx, const TensorView& view, const char* op, const char* what) {
+  require(view.device == ctx.device(), op, ": ", what, " is on ", to_string(view.device),
+          " but the context is on ", to_string(ctx.device()));
+  require(view.data != nullptr || view.numel() == 0, op, ": ", what, " of shape ",
+          to_string(view.shape), " has a null pointer");
+}
+
+void check_transposed(const TensorView& in, const TensorView& out, const char* op) {
+  require(in.shape.rank() == 2, op, ": a transposed copy needs a matrix, not shape ",
+          to_string(in.shape));
+  const Shape expected{in.shape[1], padded_rows(in.shape[0])};
+  require(out.shape == expected, op, ": the transposed copy of ", to_string(in.shape),
+          " has shape ", to_string(out.shape), "; it must be ", to_string(expected),
+          " (rows padded to a multiple of 16)");
+}
+
+}  // namespace
+
+void quantize(const Context& ctx, const QuantizeArgs& args) {
+  check_device(ctx, args.in, "quantize", "the input");
+  require(is_wide(args.in.dtype), "quantize: the input is ", name_of(args.in.dtype),
+          "; allowed are f32, bf16, f16");
+  const TensorView& out = args.out.data;
+  require(is_fp8(out.dtype), "quantize: the output is ", name_of(out.dtype),
+          "; allowed are e4m3, e5m2");
+  require(args.out.scale != nullptr, "quantize: the output has no scale");
+  require(!out.empty() || !args.transposed.empty() || args.in.numel() == 0,
+          "quantize: neither an output nor a transposed output is given");
+  if (!out.empty()) {
+    check_device(ctx, out, "quantize", "the output");
+    require(out.shape == args.in.shape, "quantize: the output has shape ", to_string(out.shape),
+            ", the input ", to_string(args.in.shape));
+  }
+  if (!args.transposed.empty()) {
+    check_device(ctx, args.transposed, "quantize", "the transposed output");
+    require(args.transposed.dtype == out.dtype, "quantize: the transposed output is ",
+            name_of(args.transposed.dtype), ", the output ", name_of(out.dtype));
+    check_transposed(args.in, args.transposed, "quantize");
+  }
+  detail::backend_of(ctx).quantize(ctx, args);
+}
+
+void convert(const Context& ctx, const ScaledView& in, const TensorView& out) {
+  check_device(ctx, in.data, "convert", "the input");
+  check_device(ctx, out, "convert", "the output");
+  require(is_wide(out.dtype), "convert: the output is ", name_of(out.dtype),
+          "; allowed are f32, bf16, f16 (quantize() writes FP8)");
+  require(in.data.shape == out.shape, "convert: the input has shape ", to_string(in.data.shape),
+          ", the output ", to_string(out.shape));
+  if (in.data.numel() != 0) detail::backend_of(ctx).convert(ctx, in, out);
+}
+
+void transpose(const Context& ctx, const TensorView& in, const TensorView& out) {
+  check_device(ctx, in, "transpose", "the input");
+  check_device(ctx, out, "transpose", "the output");
+  require(is_fp8(in.dtype) && in.dtype == out.dtype, "transpose: the input is ", name_of(in.dtype),
+          ", the output ", name_of(out.dtype), "; both must be the same of e4m3, e5m2");
+  check_transposed(in, out, "transpose");
+  if (out.numel() != 0) detail::backend_of(ctx).transpose(ctx, in, out);
+}
+
+void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale) {
+  check_device(ctx, in, "measure_amax", "the input");
+  require(is_wide(in.dtype), "measure_amax: the input is ", name_of(in.dtype),
+          "; allowed are f32, bf16, f16");
+  require(scale != nullptr, "measure_amax: no scale is given");
+  detail::backend_of(ctx).measure_amax(ctx, in, scale);
+}
+
+}  // namespace octet
