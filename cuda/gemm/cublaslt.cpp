@@ -87,6 +87,9 @@ Owned<cublasLtMatmulPreference_t> make_preference(const GemmProblem& problem) {
   OCTET_CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&created), to_string(problem));
   Owned<cublasLtMatmulPreference_t> preference(created);
   prefer(created, problem, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
+  // A product cut along k must be added up in FP32: the other schemes round every part to D.
+  prefer(created, problem, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+         static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
   for (auto attribute :
        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {

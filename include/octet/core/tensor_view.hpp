@@ -79,13 +79,16 @@ struct TensorView {
 
 /// Scale of one tensor, in device memory: stored = saturate(value * scale),
 /// value = stored * scale_inv. Scales are powers of two, so scale * scale_inv is exactly 1.
-/// scale_inv comes first, aligned to 16 bytes: cuBLASLt reads it there and takes no other alignment.
+/// scale_inv comes first, aligned to 16 bytes: cuBLASLt reads it there and takes no other
+/// alignment.
 struct alignas(16) TensorScale {
   float scale_inv = 1.0f;
   float scale = 1.0f;
   /// Largest magnitude of the tensor: of the input for a cast, of the decoded stored values for
   /// weights and optimizer states.
   float amax = 0.0f;
+  /// Keeps the bytes of a scale a function of its values.
+  float padding = 0.0f;
 };
 
 /// A tensor and its scale; scale is null where the dtype needs none (f32, bf16).
