@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "options.hpp"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <iostream>
+
+#include "kernels.hpp"
+#include "octet/comm/nccl.hpp"
+#include "octet/core/error.hpp"
+#include "octet/runtime/context.hpp"
+
+namespace train_gpt {
+namespace {
+
+using octet::DeviceType;
+using octet::require;
+
+/// The command line as text and numbers; what was not given has the device's default later.
+struct Arguments {
+  std::string data, json, device = "auto";
+  std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
+  std::optional<int> ranks, layers, width, heads, context, batch;
+  std::optional<float> lr;
+  int steps = 300, log_every = 20;
+  std::int64_t seed = 1;
+};
+
+/// Model and batch where the command line is silent: what trains in a few minutes on two cores, and
+/// 25 million parameters on a GPU.
+struct Defaults {
+  GptConfig model;
+  int batch;
+  float lr;
+};
+constexpr Defaults kCpuDefaults{
+    .model = {.layers = 2, .width = 128, .heads = 4, .context = 64}, .batch = 16, .lr = 3e-3f};
+constexpr Defaults kCudaDefaults{
+    .model = {.layers = 8, .width = 512, .heads = 8, .context = 256}, .batch = 32, .lr = 1e-3f};
+
+/// False when --help was printed.
+bool read_command_line(int argc, char** argv, Arguments& a) {
+  CLI::App app(
+      "Trains one byte-level GPT per level from the same weights on the same batches and "
+      "compares loss, memory, traffic and time.");
+  app.add_option("--data", a.data, "Text to train on (default: this repository's own text)");
+  app.add_option("--levels", a.levels, "Levels, separated by commas (default: O0,O1,O2,O3)")
+      ->delimiter(',');
+  app.add_option("--ranks", a.ranks, "Data-parallel ranks (default: 2; on CUDA at most the GPUs)");
+  app.add_option("--steps", a.steps, "Training steps (default: 300)");
+  app.add_option("--device", a.device, "auto, cpu or cuda (default: auto)");
+  app.add_option("--layers", a.layers, "Transformer blocks (default: 2; on CUDA 8)");
+  app.add_option("--width", a.width, "Width of the model (default: 128; on CUDA 512)");
+  app.add_option("--heads", a.heads, "Attention heads (default: 4; on CUDA 8)");
+  app.add_option("--context", a.context, "Bytes of context (default: 64; on CUDA 256)");
+  app.add_option("--batch", a.batch, "Rows of the global batch (default: 16; on CUDA 32)");
+  app.add_option("--lr", a.lr, "Peak learning rate (default: 3e-3; on CUDA 1e-3)");
+  app.add_option("--seed", a.seed, "Seed of weights, batches and rounding (default: 1)");
+  app.add_option("--log-every", a.log_every,
+                 "Steps between progress lines in a file (default: 20)");
+  app.add_option("--json", a.json, "Write the results to this file");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    std::cout << app.help();
+    return false;
+  } catch (const CLI::ParseError& error) {
+    octet::fail(error.what());
+  }
+  return true;
+}
+
+DeviceType choose_device(const std::string& text) {
+  require(text == "auto" || text == "cpu" || text == "cuda", "--device ", text,
+          ": must be auto, cpu or cuda");
+  const bool available = octet::cuda_device_count() > 0;
+  require(text != "cuda" || available,
+          "--device cuda: there is no CUDA device that this build can use");
+  return text != "cpu" && available ? DeviceType::cuda : DeviceType::cpu;
+}
+
+int choose_ranks(std::optional<int> asked, DeviceType device) {
+  require(!asked || *asked >= 1, "--ranks ", asked.value_or(0), ": must be at least 1");
+  if (device == DeviceType::cpu) return asked.value_or(2);
+  const int gpus = octet::cuda_device_count();
+  const int ranks = asked.value_or(octet::has_nccl() ? std::min(2, gpus) : 1);
+  require(ranks <= gpus, "--ranks ", ranks, ": each rank needs a GPU of its own, but there ",
+          gpus == 1 ? "is" : "are", " only ", gpus);
+  require(ranks == 1 || octet::has_nccl(), "--ranks ", ranks,
+          ": this build has no NCCL, so on CUDA only 1 rank is possible");
+  return ranks;
+}
+
+void check_model(const GptConfig& model) {
+  const auto at_least = [](const char* name, int value, int least) {
+    require(value >= least, "--", name, " ", value, ": must be at least ", least);
+  };
+  at_least("layers", model.layers, 1);
+  at_least("heads", model.heads, 1);
+  at_least("context", model.context, 1);
+  // From 64 on the smallest weight matrix, width x width, is managed in FP8.
+  at_least("width", model.width, 64);
+  require(model.width % 16 == 0, "--width ", model.width,
+          ": must be a multiple of 16, which FP8 matrix products need");
+  require(model.width % model.heads == 0, "--width ", model.width,
+          ": must be a multiple of the number of heads, --heads ", model.heads);
+  require(model.width / model.heads <= kMaxHeadWidth, "--width ", model.width, " with --heads ",
+          model.heads, ": a head may be at most ", kMaxHeadWidth, " wide");
+}
+
+void check_training(const Options& options) {
+  require(options.steps >= 1, "--steps ", options.steps, ": must be at least 1");
+  require(options.log_every >= 1, "--log-every ", options.log_every, ": must be at least 1");
+  require(options.batch >= 1, "--batch ", options.batch, ": must be at least 1");
+  require(options.batch % options.ranks == 0, "--batch ", options.batch,
+          ": must be a multiple of the number of ranks, --ranks ", options.ranks);
+  require(std::isfinite(options.lr) && options.lr > 0.0f, "--lr ", options.lr,
+          ": must be a positive number");
+  if (!options.json.empty()) {
+    const auto folder = std::filesystem::absolute(options.json).parent_path();
+    require(std::filesystem::is_directory(folder), "--json ", options.json, ": there is no folder ",
+            folder.string());
+    require(!std::filesystem::is_directory(options.json), "--json ", options.json,
+            ": is a folder; it must be a file");
+  }
+}
+
+}  // namespace
+
+std::optional<Options> parse_options(int argc, char** argv) {
+  Arguments arguments;
+  if (!read_command_line(argc, argv, arguments)) return std::nullopt;
+  Options options;
+  options.device = choose_device(arguments.device);
+  const Defaults& defaults = options.device == DeviceType::cpu ? kCpuDefaults : kCudaDefaults;
+  options.ranks = choose_ranks(arguments.ranks, options.device);
+  options.data = arguments.data;
+  for (const std::string& level : arguments.levels) {
+    options.levels.push_back(octet::parse_level(level));
+  }
+  require(!options.levels.empty(), "--levels: at least one level is needed");
+  options.model = {.layers = arguments.layers.value_or(defaults.model.layers),
+                   .width = arguments.width.value_or(defaults.model.width),
+                   .heads = arguments.heads.value_or(defaults.model.heads),
+                   .context = arguments.context.value_or(defaults.model.context)};
+  options.batch = arguments.batch.value_or(defaults.batch);
+  options.steps = arguments.steps;
+  options.lr = arguments.lr.value_or(defaults.lr);
+  require(arguments.seed >= 0, "--seed ", arguments.seed, ": must not be negative");
+  options.seed = static_cast<std::uint64_t>(arguments.seed);
+  options.log_every = arguments.log_every;
+  options.json = arguments.json;
+  check_model(options.model);
+  check_training(options);
+  return options;
+}
+
+}  // namespace train_gpt

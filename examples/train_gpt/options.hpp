@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "model.hpp"
+#include "octet/core/tensor_view.hpp"
+#include "octet/engine/level.hpp"
+
+namespace train_gpt {
+
+struct Options {
+  std::string data;  ///< empty: the repository's own text
+  std::vector<octet::Level> levels;
+  octet::DeviceType device = octet::DeviceType::cpu;
+  int ranks = 1;
+  int steps = 300;
+  GptConfig model;
+  int batch = 0;  ///< rows of the global batch
+  float lr = 0.0f;
+  std::uint64_t seed = 0;
+  int log_every = 20;
+  std::string json;  ///< empty: no file
+
+  int rows_per_rank() const { return batch / ranks; }
+  std::int64_t tokens_per_step() const { return std::int64_t{batch} * model.context; }
+};
+
+/// Reads and checks the command line; what was left out depends on the device. Empty when only
+/// --help was asked for and printed. Throws octet::Error naming the option, its value and what is
+/// allowed, before anything has started.
+std::optional<Options> parse_options(int argc, char** argv);
+
+}  // namespace train_gpt

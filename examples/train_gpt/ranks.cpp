@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ranks.hpp"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "octet/comm/nccl.hpp"
+
+namespace train_gpt {
+namespace {
+
+using octet::DeviceType;
+
+void share_cores([[maybe_unused]] int ranks) {
+#ifdef _OPENMP
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  omp_set_num_threads(std::max(1, cores / ranks));
+#endif
+}
+
+/// The device of one rank; its stream lives for as long as anything that works on it.
+class RankDevice {
+ public:
+  RankDevice(DeviceType type, int index)
+      : kernels_(type == DeviceType::cuda ? cuda_kernels() : cpu_kernels()),
+        index_(index),
+        stream_(kernels_.create_stream(index)) {
+    ctx_ = type == DeviceType::cuda ? octet::Context::cuda(index, stream_) : octet::Context::cpu();
+  }
+  ~RankDevice() {
+    ctx_.reset();
+    kernels_.destroy_stream(index_, stream_);
+  }
+  RankDevice(const RankDevice&) = delete;
+  RankDevice& operator=(const RankDevice&) = delete;
+
+  octet::Context& context() { return *ctx_; }
+  const Kernels& kernels() const { return kernels_; }
+
+ private:
+  const Kernels& kernels_;
+  int index_;
+  CUstream_st* stream_;
+  std::optional<octet::Context> ctx_;
+};
+
+class Group {
+ public:
+  Group(DeviceType device, int count) : device_(device), count_(count), threads_(count) {
+    if (device_ == DeviceType::cuda && count_ > 1) nccl_id_ = octet::make_nccl_id();
+  }
+
+  void run_rank(int rank, const std::function<void(const Rank&)>& body) {
+    // Outside the try block: the others must not see this rank leave before they know why.
+    std::optional<RankDevice> device;
+    std::unique_ptr<octet::Communicator> comm;
+    try {
+      share_cores(count_);
+      device.emplace(device_, rank);
+      comm = join(rank, device->context());
+      body({rank, device->context(), *comm, device->kernels()});
+    } catch (const std::exception& error) {
+      end_the_others(rank, error.what());
+    }
+  }
+
+  void throw_failure() const {
+    if (failure_) throw octet::Error(*failure_);
+  }
+
+ private:
+  std::unique_ptr<octet::Communicator> join(int rank, const octet::Context& ctx) {
+    if (count_ == 1) return octet::make_single(ctx);
+    if (device_ == DeviceType::cuda) return octet::create_nccl(nccl_id_, rank, count_, ctx);
+    return threads_.join(rank, ctx);
+  }
+
+  void end_the_others(int rank, const std::string& reason) {
+    const std::lock_guard lock(mutex_);
+    if (failure_) return;  // this one follows from the first
+    failure_ = "rank " + std::to_string(rank) + ": " + reason;
+    if (count_ > 1 && device_ == DeviceType::cuda) {
+      // The others may wait inside NCCL for this rank, where no thread can reach them.
+      std::fprintf(stderr, "\ntrain_gpt: %s\n", failure_->c_str());
+      std::_Exit(1);
+    }
+    threads_.abort("rank " + std::to_string(rank) + " has failed");
+  }
+
+  DeviceType device_;
+  int count_;
+  octet::ThreadGroup threads_;
+  octet::NcclId nccl_id_{};
+  std::mutex mutex_;
+  std::optional<std::string> failure_;
+};
+
+}  // namespace
+
+void run_ranks(DeviceType device, int count, const std::function<void(const Rank&)>& body) {
+  Group group(device, count);
+  {
+    std::vector<std::jthread> threads;
+    for (int rank = 0; rank < count; ++rank) {
+      threads.emplace_back([&group, &body, rank] { group.run_rank(rank, body); });
+    }
+  }
+  group.throw_failure();
+}
+
+}  // namespace train_gpt

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "report.hpp"
+
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "build_info.hpp"
+#include "octet/core/error.hpp"
+
+namespace train_gpt {
+namespace {
+
+std::string number(double value, int digits) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.*f", digits, value);
+  return text;
+}
+
+std::string figure(const Figure& figure) {
+  return number(figure.measured, 3) + " / " + number(figure.planned, 3);
+}
+
+const char* name_of(octet::DeviceType device) {
+  return device == octet::DeviceType::cuda ? "cuda" : "cpu";
+}
+
+nlohmann::ordered_json to_json(const RunResult& run) {
+  return {{"level", octet::name_of(run.level)},
+          {"sharding", octet::name_of(run.sharding)},
+          {"ranks", run.ranks},
+          {"device", name_of(run.device)},
+          {"parameters", run.parameters},
+          {"val_loss", run.validation_loss},
+          {"losses", run.losses},
+          {"state_bytes_per_parameter", run.state_bytes_managed.measured},
+          {"state_bytes_per_parameter_all", run.state_bytes_all.measured},
+          {"peak_bytes_per_rank", run.peak_bytes},
+          {"wire_bytes_per_parameter_per_step", run.wire_bytes.measured},
+          {"fp8_gemms_per_step", run.fp8_gemms_per_step},
+          {"step_seconds", run.step_seconds},
+          {"skipped_steps", run.skipped_steps}};
+}
+
+}  // namespace
+
+std::string to_markdown(const std::vector<RunResult>& runs) {
+  std::ostringstream out;
+  if (!runs.empty()) {
+    const RunResult& run = runs.front();
+    out << run.parameters << " parameters, " << run.ranks << (run.ranks == 1 ? " rank" : " ranks")
+        << " on " << name_of(run.device) << ", " << run.losses.size()
+        << " steps. Bytes: measured / "
+        << "planned.\n\n";
+  }
+  out << "| level | sharding | validation loss | state bytes per FP8-managed parameter "
+         "| state bytes per parameter | peak MB per rank | wire bytes per parameter and step "
+         "| step time | skipped steps | FP8 GEMMs per step |\n"
+         "|---|---|---|---|---|---|---|---|---|---|\n";
+  for (const RunResult& run : runs) {
+    out << "| " << octet::name_of(run.level) << " | " << octet::name_of(run.sharding) << " | "
+        << number(run.validation_loss, 4) << " | " << figure(run.state_bytes_managed) << " | "
+        << figure(run.state_bytes_all) << " | "
+        << number(static_cast<double>(run.peak_bytes) / 1e6, 2) << " | " << figure(run.wire_bytes)
+        << " | " << number(run.step_seconds * 1e3, 2) << " ms | " << run.skipped_steps << " | "
+        << number(run.fp8_gemms_per_step, 0) << " |\n";
+  }
+  return out.str();
+}
+
+void write_json(const std::string& path, const std::vector<RunResult>& runs) {
+  nlohmann::ordered_json list = nlohmann::ordered_json::array();
+  for (const RunResult& run : runs) list.push_back(to_json(run));
+  const nlohmann::ordered_json document{{"runs", list},
+                                        {"commit", octet::build_info::kCommit},
+                                        {"compiler", octet::build_info::kCompiler},
+                                        {"cuda", octet::build_info::kCuda}};
+  std::ofstream file(path);
+  file << document.dump(2) << '\n';
+  file.close();
+  octet::require(file.good(), "results cannot be written to ", path);
+}
+
+}  // namespace train_gpt

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// NCCL with one rank in this process and with two ranks in two processes that share one GPU: NCCL
+// takes them for two hosts because each has a host id of its own. Without NCCL or a GPU only the
+// refusals can be tested.
+#include "octet/comm/nccl.hpp"
+
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <thread>
+
+#include "support/catch.hpp"
+#include "support/errors.hpp"
+#include "support/mean_ranks.hpp"
+#include "support/random.hpp"
+
+namespace octet::test {
+namespace {
+
+using Path = MeanReducer::Path;
+constexpr int kRanks = 2;
+constexpr const char* kRankVariable = "OCTET_NCCL_TEST_RANK";
+constexpr const char* kFileVariable = "OCTET_NCCL_TEST_FILE";
+constexpr const char* kChildTest = "one of the processes";
+constexpr auto kPatience = std::chrono::seconds(120);
+
+bool can_run() { return has_nccl() && cuda_device_count() > 0; }
+
+const char* reason_to_skip() {
+  return has_nccl() ? "skipped: there is no CUDA device" : "skipped: this build has no NCCL";
+}
+
+MeanCase nccl_case(DType dtype, int ranks) {
+  MeanCase bucket;
+  bucket.dtype = dtype;
+  for (int r = 0; r < ranks; ++r) {
+    std::vector<Contribution> own;
+    std::uint32_t seed = static_cast<std::uint32_t>(r);
+    for (std::size_t count : {1u, 129u, 0u, 40001u}) {
+      own.push_back(contribute(dtype, wide_values(count, seed += 10, -12 - r, 3 * r)));
+    }
+    bucket.gradients.push_back(own);
+  }
+  bucket.owners = deal(bucket, 5003, [ranks](int k) { return (k / 2) % ranks; });
+  return bucket;
+}
+
+// Every path and dtype against the plain loops; the first thing that is wrong.
+std::string reductions_of(Communicator& comm) {
+  for (DType dtype : {DType::e4m3, DType::bf16, DType::f32}) {
+    const MeanCase bucket = nccl_case(dtype, comm.size());
+    for (Path path : {Path::sharded, Path::two_shot}) {
+      if (path == Path::two_shot && comm.size() == 1) continue;
+      const MeanResult result = reduce_on_rank(comm, bucket, path, 3);
+      std::string wrong = wrong_in(bucket, path, comm.rank(), result);
+      if (wrong.empty() && result.wire.payload != 3 * result.planned) wrong = "payload";
+      if (!wrong.empty()) return std::string(octet::name_of(dtype)) + ": " + wrong;
+    }
+  }
+  return {};
+}
+
+std::string gather_of(Communicator& comm) {
+  const Context& ctx = comm.context();
+  const MeanCase bucket = nccl_case(DType::e4m3, comm.size());
+  const auto& whole = bucket.gradients[0][3].bytes;
+  const Guarded memory(ctx, whole.size());
+  Owners owners(bucket.owners.size());
+  for (std::size_t r = 0; r < owners.size(); ++r) {
+    for (Piece piece : bucket.owners[r]) {
+      if (piece.tensor != 3) continue;
+      piece.tensor = 0;
+      owners[r].push_back(piece);
+      if (static_cast<int>(r) != comm.rank()) continue;
+      copy_bytes(ctx, static_cast<char*>(memory.data()) + piece.begin, whole.data() + piece.begin,
+                 static_cast<std::size_t>(piece.count));
+    }
+  }
+  const TensorView view = memory.view(DType::e4m3, {static_cast<std::int64_t>(whole.size())});
+  PieceGather gather(comm, {view}, owners);
+  gather.run();
+  if (!memory.intact()) return "bytes outside were written";
+  return first_difference(memory.values<std::uint8_t>(), whole);
+}
+
+std::string texts_of(Communicator& comm) {
+  std::vector<std::string> expected;
+  for (int r = 0; r < comm.size(); ++r) {
+    expected.push_back(std::string(static_cast<std::size_t>(r) * 70, 'a'));
+  }
+  const auto texts = all_gather_text_sync(comm, expected[static_cast<std::size_t>(comm.rank())]);
+  return texts == expected ? "" : "the gathered texts differ";
+}
+
+// The id travels in a file that appears with all its bytes at once.
+void publish(const std::string& file, const NcclId& id) {
+  const std::string unfinished = file + ".part";
+  {
+    std::ofstream out(unfinished, std::ios::binary);
+    out.write(reinterpret_cast<const char*>(id.data()), static_cast<std::streamsize>(id.size()));
+  }
+  require(std::rename(unfinished.c_str(), file.c_str()) == 0, "cannot create ", file);
+}
+
+NcclId await(const std::string& file) {
+  const auto until = std::chrono::steady_clock::now() + kPatience;
+  NcclId id{};
+  for (;;) {
+    std::ifstream in(file, std::ios::binary);
+    if (in.read(reinterpret_cast<char*>(id.data()), static_cast<std::streamsize>(id.size()))) {
+      return id;
+    }
+    require(std::chrono::steady_clock::now() < until, "no NCCL id appeared in ", file);
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+}
+
+std::vector<std::string> environment_of(int rank, const std::string& file) {
+  std::vector<std::string> variables;
+  for (char** entry = environ; *entry != nullptr; ++entry) variables.emplace_back(*entry);
+  // First entries win with getenv, so these go in front.
+  const std::vector<std::string> own = {
+      std::string(kRankVariable) + "=" + std::to_string(rank),
+      std::string(kFileVariable) + "=" + file,
+      "NCCL_HOSTID=octet-test-host-" + std::to_string(rank),
+      "NCCL_P2P_DISABLE=1",
+      "NCCL_SHM_DISABLE=1",
+      "NCCL_IB_DISABLE=1",
+  };
+  variables.insert(variables.begin(), own.begin(), own.end());
+  return variables;
+}
+
+// Starts this program again as one rank. Everything is made before fork(), because little is
+// allowed between it and exec.
+pid_t start_rank(int rank, const std::string& file) {
+  std::vector<std::string> variables = environment_of(rank, file);
+  std::vector<char*> environment;
+  for (std::string& variable : variables) environment.push_back(variable.data());
+  environment.push_back(nullptr);
+  std::string program = "/proc/self/exe", test = kChildTest;
+  char* arguments[] = {program.data(), test.data(), nullptr};
+  const pid_t child = fork();
+  if (child == 0) {
+    execve(program.c_str(), arguments, environment.data());
+    _exit(127);
+  }
+  return child;
+}
+
+// Exit status of a child; -1 if it had to be ended.
+int finish(pid_t child, std::chrono::steady_clock::time_point until) {
+  int status = 0;
+  while (waitpid(child, &status, WNOHANG) == 0) {
+    if (std::chrono::steady_clock::now() > until) {
+      kill(child, SIGKILL);
+      waitpid(child, &status, 0);
+      return -1;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+}  // namespace
+
+TEST_CASE("without NCCL every entry says so") {
+  if (has_nccl()) return;
+  const Context ctx = Context::cpu();
+  CHECK(missing(error_of([] { make_nccl_id(); }), {"make_nccl_id", "no NCCL", "OCTET_NCCL"}) == "");
+  CHECK(missing(error_of([&] { adopt_nccl(nullptr, ctx); }), {"adopt_nccl", "no NCCL"}) == "");
+  CHECK(missing(error_of([&] { create_nccl({}, 0, 1, ctx); }), {"create_nccl", "no NCCL"}) == "");
+}
+
+TEST_CASE("NCCL refuses what cannot work before it talks to anybody") {
+  if (!has_nccl()) return;
+  const Context ctx = Context::cpu();
+  CHECK(missing(error_of([&] { adopt_nccl(nullptr, ctx); }), {"null"}) == "");
+  CHECK(missing(error_of([&] { create_nccl({}, 0, 0, ctx); }), {"size is 0"}) == "");
+  CHECK(missing(error_of([&] { create_nccl({}, 2, 2, ctx); }), {"rank is 2", "0 to 1"}) == "");
+  CHECK(missing(error_of([&] { create_nccl({}, 0, 1, ctx); }), {"cpu", "CUDA device"}) == "");
+}
+
+TEST_CASE("one NCCL rank in this process") {
+  if (!can_run()) {
+    WARN(reason_to_skip());
+    return;
+  }
+  const auto comm = create_nccl(make_nccl_id(), 0, 1, Context::cuda(0, nullptr));
+  CHECK(comm->name() == "nccl");
+  CHECK(comm->size() == 1);
+  CHECK(reductions_of(*comm) == "");
+  CHECK(gather_of(*comm) == "");
+  CHECK(texts_of(*comm) == "");
+  CHECK(comm->wire_bytes().payload == 0);
+}
+
+TEST_CASE("two NCCL ranks in two processes") {
+  if (!can_run()) {
+    WARN(reason_to_skip());
+    return;
+  }
+  char folder[] = "/tmp/octet_nccl_XXXXXX";
+  REQUIRE(mkdtemp(folder) != nullptr);
+  const std::string file = std::string(folder) + "/id";
+  std::vector<pid_t> children;
+  for (int rank = 0; rank < kRanks; ++rank) children.push_back(start_rank(rank, file));
+  const auto until = std::chrono::steady_clock::now() + kPatience;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    INFO("rank " << rank << "; its own output says what failed");
+    CHECK(children[static_cast<std::size_t>(rank)] > 0);
+    CHECK(finish(children[static_cast<std::size_t>(rank)], until) == 0);
+  }
+  std::remove(file.c_str());
+  rmdir(folder);
+}
+
+// Run by the case above in a process of its own.
+TEST_CASE("one of the processes", "[.]") {
+  const char* rank_text = std::getenv(kRankVariable);
+  const char* file = std::getenv(kFileVariable);
+  REQUIRE(rank_text != nullptr);
+  REQUIRE(file != nullptr);
+  const int rank = std::atoi(rank_text);
+  NcclId id{};
+  if (rank == 0) {
+    id = make_nccl_id();
+    publish(file, id);
+  } else {
+    id = await(file);
+  }
+  const auto comm = create_nccl(id, rank, kRanks, Context::cuda(0, nullptr));
+  CHECK(comm->rank() == rank);
+  CHECK(comm->size() == kRanks);
+  CHECK(reductions_of(*comm) == "");
+  CHECK(gather_of(*comm) == "");
+  CHECK(texts_of(*comm) == "");
+}
+
+}  // namespace octet::test

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an engine refuses: by name, before anything has changed, on every rank.
+#include <algorithm>
+
+#include "support/catch.hpp"
+#include "support/compare.hpp"
+#include "support/engine_model.hpp"
+#include "support/errors.hpp"
+
+namespace octet::test {
+namespace {
+
+/// An engine on one CPU rank with a parameter "w" of 64 x 64.
+struct Small {
+  Context ctx = Context::cpu();
+  std::unique_ptr<Communicator> comm = make_single(ctx);
+  Tensor init{ctx, DType::f32, {64, 64}};
+  Engine engine;
+  ParamId id;
+
+  explicit Small(const EngineConfig& config = {}) : engine(ctx, *comm, config) {
+    write(ctx, init.view().data, normal_values(4096, 1, 0.02f));
+    id = engine.add(spec("w"));
+  }
+  ParamSpec spec(const std::string& name) const {
+    return {.name = name, .shape = {64, 64}, .init = init};
+  }
+};
+
+/// Adds parameters on one rank; the errors of freeze() on all ranks.
+template <class Add>
+std::vector<std::string> freeze_errors(int ranks, const Add& add) {
+  std::vector<std::string> errors(static_cast<std::size_t>(ranks));
+  run_ranks(ranks, [&](Communicator& comm) {
+    const Context ctx = comm.context();
+    EngineConfig config;
+    std::vector<Tensor> keep;
+    std::vector<ParamSpec> specs;
+    add(comm.rank(), ctx, config, keep, specs);
+    Engine engine(ctx, comm, config);
+    for (const ParamSpec& spec : specs) engine.add(spec);
+    errors[static_cast<std::size_t>(comm.rank())] = error_of([&] { engine.freeze(); });
+  });
+  return errors;
+}
+
+ParamSpec made(const Context& ctx, std::vector<Tensor>& keep, const std::string& name,
+               const Shape& shape, std::uint32_t seed = 1) {
+  keep.emplace_back(ctx, DType::f32, shape);
+  write(ctx, keep.back().view().data,
+        normal_values(static_cast<std::size_t>(shape.numel()), seed, 0.02f));
+  return {.name = name, .shape = shape, .init = keep.back().view()};
+}
+
+}  // namespace
+
+TEST_CASE("parameters that cannot be added are refused by name") {
+  Small s;
+  CHECK(missing(error_of([&] { s.engine.add(s.spec("w")); }), {"\"w\""}) == "");
+  CHECK(missing(error_of([&] { s.engine.add(s.spec("")); }), {"name"}) == "");
+  const auto error_with = [&](auto change) {
+    ParamSpec spec = s.spec("layer.7");
+    change(spec);
+    return error_of([&] { s.engine.add(spec); });
+  };
+  CHECK(missing(error_with([](ParamSpec& p) { p.init = {}; }), {"layer.7"}) == "");
+  CHECK(missing(error_with([](ParamSpec& p) {
+                  p.shape = {64, 63};
+                }),
+                {"layer.7", "[64, 63]", "[64, 64]"}) == "");
+  CHECK(missing(error_with([](ParamSpec& p) { p.init.dtype = DType::e4m3; }),
+                {"layer.7", "e4m3"}) == "");
+  CHECK(missing(error_with([](ParamSpec& p) {
+                  p.init.device = {DeviceType::cuda, 3};
+                }),
+                {"layer.7", "cuda:3"}) == "");
+  CHECK(error_with([](ParamSpec&) {}) == "no error");
+  s.engine.freeze();
+  CHECK(missing(error_of([&] { s.engine.add(s.spec("late")); }), {"late", "freeze"}) == "");
+}
+
+TEST_CASE("calls before freeze are refused by the call's name") {
+  Small s;
+  const Tensor g(s.ctx, DType::f32, {64, 64});
+  CHECK(missing(error_of([&] { s.engine.step({.lr = 1e-3f}); }), {"step", "freeze"}) == "");
+  CHECK(missing(error_of([&] { s.engine.add_gradient(s.id, g); }), {"add_gradient", "freeze"}) ==
+        "");
+  CHECK(missing(error_of([&] { s.engine.weight(s.id); }), {"weight", "freeze"}) == "");
+  CHECK(missing(error_of([&] { s.engine.weight_as(s.id, g); }), {"weight", "freeze"}) == "");
+  CHECK(missing(error_of([&] { s.engine.plan(); }), {"plan", "freeze"}) == "");
+  CHECK(missing(error_of([&] { s.engine.optimizer(); }), {"optimizer", "freeze"}) == "");
+  s.engine.freeze();
+  CHECK(missing(error_of([&] { s.engine.freeze(); }), {"freeze"}) == "");
+}
+
+TEST_CASE("gradients and steps that do not fit are refused and change nothing") {
+  std::vector<Bytes> weights;
+  for (bool provoked : {false, true}) {
+    Small s;
+    s.engine.freeze();
+    const Tensor g(s.ctx, DType::f32, {64, 64}), turned(s.ctx, DType::f32, {32, 128});
+    const Tensor narrow(s.ctx, DType::e4m3, {64, 64});
+    write(s.ctx, g.view().data, normal_values(4096, 2));
+    if (provoked) {
+      Engine& engine = s.engine;
+      CHECK(missing(error_of([&] { engine.add_gradient(s.id, turned); }),
+                    {"\"w\"", "[32, 128]", "[64, 64]"}) == "");
+      CHECK(missing(error_of([&] { engine.add_gradient(s.id, narrow); }), {"\"w\"", "e4m3"}) == "");
+      CHECK(missing(error_of([&] { engine.add_gradient({7}, g); }), {"7"}) == "");
+      CHECK(missing(error_of([&] { engine.add_gradient({}, g); }), {"-1"}) == "");
+      TensorView elsewhere = g.view();
+      elsewhere.device = {DeviceType::cuda, 5};
+      CHECK(missing(error_of([&] { engine.add_gradient(s.id, elsewhere); }), {"\"w\"", "cuda:5"}) ==
+            "");
+      CHECK(missing(error_of([&] {
+                      engine.add_gradient(s.id, {nullptr, DType::f32, {64, 64}, {}});
+                    }),
+                    {"\"w\"", "null"}) == "");
+      CHECK(missing(error_of([&] { engine.weight({1}); }), {"1"}) == "");
+      CHECK(missing(error_of([&] { engine.weight_as(s.id, turned); }), {"[32, 128]"}) == "");
+      CHECK(missing(error_of([&] { engine.step({.lr = -1.0f}); }), {"lr", "-1"}) == "");
+      CHECK(missing(error_of([&] { engine.step({.lr = NAN}); }), {"lr", "nan"}) == "");
+      CHECK(missing(error_of([&] { engine.step({.lr = 1.0f, .max_norm = -2.0f}); }),
+                    {"max_norm", "-2"}) == "");
+    }
+    s.engine.add_gradient(s.id, g);
+    if (provoked) {
+      CHECK(missing(error_of([&] { s.engine.add_gradient(s.id, g); }), {"\"w\"", "already"}) == "");
+    }
+    const StepResult done = s.engine.step({.lr = 1e-2f});
+    CHECK(done.step.read_sync() == 1);
+    CHECK(done.skipped.read_sync() == 0);
+    CHECK(error_of([&] { s.engine.add_gradient(s.id, g); }) == "no error");
+    weights.push_back(download_bytes(s.ctx, s.engine.weight(s.id).data));
+  }
+  CHECK(first_difference(weights[1], weights[0]) == "");
+}
+
+TEST_CASE("configurations that cannot work are refused by field") {
+  const auto freeze_error = [](const EngineConfig& config) {
+    return error_of([&] {
+      Small s(config);
+      s.engine.freeze();
+    });
+  };
+  CHECK(freeze_error({}) == "no error");
+  CHECK(missing(freeze_error({.bucket_elements = 0}), {"bucket_elements", "0"}) == "");
+  CHECK(missing(freeze_error({.fp8_min_elements = -1}), {"fp8_min_elements", "-1"}) == "");
+  CHECK(missing(freeze_error({.adamw = {.eps = 0.0f}}), {"eps"}) == "");
+  CHECK(missing(freeze_error({.adamw = {.beta1 = 0.9f, .beta2 = 0.5f}}),
+                {"\"w\"", "beta1", "beta2"}) == "");
+  Formats formats = formats_of(Level::O2);
+  formats.state.v = DType::e4m3;
+  CHECK(missing(freeze_error({.formats = formats}), {"\"w\"", "v ", "e4m3"}) == "");
+  formats = formats_of(Level::O2);
+  formats.gradient = DType::e5m2;
+  CHECK(missing(freeze_error({.formats = formats}), {"\"w\"", "gradient", "e5m2"}) == "");
+  CHECK(missing(error_of([] { parse_level("O4"); }), {"O4", "O0", "O3"}) == "");
+  CHECK(missing(error_of([] { parse_level(""); }), {"O0"}) == "");
+  CHECK(parse_level("O1") == Level::O1);
+}
+
+TEST_CASE("a communicator of another context is refused") {
+  const Context ctx = Context::cpu();
+  const auto comm = make_single(Context::cpu());
+  CHECK(missing(error_of([&] { Engine(ctx, *comm); }), {"communicator"}) == "");
+}
+
+TEST_CASE("initial values that are not finite are refused by name") {
+  for (float bad : {NAN, INFINITY}) {
+    Small s;
+    const Tensor init(s.ctx, DType::f32, {5});
+    write(s.ctx, init.view().data, std::vector<float>{1, 2, bad, 4, 5});
+    s.engine.add({.name = "poisoned", .shape = {5}, .init = init});
+    CHECK(missing(error_of([&] { s.engine.freeze(); }), {"poisoned"}) == "");
+  }
+}
+
+TEST_CASE("an engine without parameters steps") {
+  const Context ctx = Context::cpu();
+  const auto comm = make_single(ctx);
+  Engine engine(ctx, *comm);
+  engine.freeze();
+  CHECK(engine.step({.lr = 1e-3f, .max_norm = 1.0f}).step.read_sync() == 1);
+  CHECK(engine.plan().parameters == 0);
+}
+
+TEST_CASE("ranks with different lists all throw, naming the first difference") {
+  struct Difference {
+    const char* what;
+    std::initializer_list<std::string> named;
+    std::function<void(const Context&, EngineConfig&, std::vector<Tensor>&,
+                       std::vector<ParamSpec>&)>
+        change;  ///< on rank 1 only
+  };
+  using Specs = std::vector<ParamSpec>;
+  using Keep = std::vector<Tensor>;
+  const Difference differences[] = {
+      {"name",
+       {"second", "other"},
+       [](const Context&, EngineConfig&, Keep&, Specs& specs) { specs[1].name = "other"; }},
+      {"shape",
+       {"second", "[64, 70]", "[70, 64]"},
+       [](const Context& ctx, EngineConfig&, Keep& keep, Specs& specs) {
+         specs[1] = made(ctx, keep, "second", {70, 64});
+       }},
+      {"missing",
+       {"third"},
+       [](const Context&, EngineConfig&, Keep&, Specs& specs) { specs.pop_back(); }},
+      {"order",
+       {"first", "second"},
+       [](const Context&, EngineConfig&, Keep&, Specs& specs) { std::swap(specs[0], specs[1]); }},
+      {"initial values",
+       {"second"},
+       [](const Context& ctx, EngineConfig&, Keep& keep, Specs& specs) {
+         specs[1] = made(ctx, keep, "second", {64, 70}, 99);
+       }},
+      {"fp8",
+       {"second"},
+       [](const Context&, EngineConfig&, Keep&, Specs& specs) { specs[1].fp8 = false; }},
+      {"level",
+       {"O2", "O1"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.level = Level::O1; }},
+      {"sharding",
+       {"none", "optimizer"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) {
+         config.sharding = Sharding::optimizer;
+       }},
+      {"buckets",
+       {"bucket_elements", "77"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.bucket_elements = 77; }},
+      {"seed",
+       {"seed", "123"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.seed = 123; }},
+  };
+  for (const Difference& difference : differences) {
+    const auto errors = freeze_errors(
+        3, [&](int rank, const Context& ctx, EngineConfig& config, Keep& keep, Specs& specs) {
+          specs = {made(ctx, keep, "first", {64, 64}), made(ctx, keep, "second", {64, 70}),
+                   made(ctx, keep, "third", {10})};
+          if (rank == 1) difference.change(ctx, config, keep, specs);
+        });
+    INFO("difference in " << difference.what);
+    for (const std::string& error : errors) {
+      CHECK(missing(error, {"rank 1"}) == "");
+      CHECK(missing(error, difference.named) == "");
+    }
+  }
+}
+
+TEST_CASE("one rank's initial values that are not finite are every rank's error") {
+  const auto errors =
+      freeze_errors(2, [](int rank, const Context& ctx, EngineConfig&, std::vector<Tensor>& keep,
+                          std::vector<ParamSpec>& specs) {
+        specs = {made(ctx, keep, "first", {64, 64})};
+        if (rank == 1) keep[0].as<float>()[9] = NAN;
+      });
+  for (const std::string& error : errors) CHECK(missing(error, {"first"}) == "");
+}
+
+}  // namespace octet::test

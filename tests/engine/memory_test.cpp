@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the plan says about bytes, against the allocator, the communicator and the design's figures.
+#include <cstdlib>
+#include <map>
+
+#include "support/catch.hpp"
+#include "support/engine_model.hpp"
+
+namespace octet::test {
+namespace {
+
+constexpr Level kLevels[] = {Level::O0, Level::O1, Level::O2, Level::O3};
+
+/// Matrices whose panels do not divide evenly among ranks, and a vector.
+const std::vector<Shape> kShapes = {{1000, 64}, {515, 80}, {128, 64}, {2000}};
+constexpr double kManaged = 1000 * 64 + 515 * 80 + 128 * 64;
+constexpr double kAll = kManaged + 2000;
+constexpr double kLargestPanel = 128 * 80;
+
+struct RankMemory {
+  Plan plan;
+  std::size_t held = 0;            ///< by the context, for the engine
+  std::size_t grown_in_steps = 0;  ///< beyond that, at any time in a step
+  std::uint64_t payload = 0;       ///< of one step
+};
+
+std::vector<RankMemory> measure(const EngineConfig& config, int ranks, float max_norm = 1.0f) {
+  std::vector<RankMemory> results(static_cast<std::size_t>(ranks));
+  run_ranks(ranks, [&](Communicator& comm) {
+    Context ctx = comm.context();
+    RankMemory& result = results[static_cast<std::size_t>(comm.rank())];
+    std::vector<Tensor> values;
+    for (const Shape& shape : kShapes) {
+      values.emplace_back(ctx, DType::f32, shape);
+      const auto count = static_cast<std::size_t>(shape.numel());
+      write(ctx, values.back().view().data, normal_values(count, 1));
+    }
+    const std::size_t before = ctx.memory_use().current;
+    Engine engine(ctx, comm, config);
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      engine.add({.name = "p" + std::to_string(i), .shape = kShapes[i], .init = values[i]});
+    }
+    engine.freeze();
+    result.held = ctx.memory_use().current - before;
+    ctx.reset_peak();
+    for (int step = 0; step < 2; ++step) {
+      for (std::size_t i = 0; i < kShapes.size(); ++i) {
+        engine.add_gradient({static_cast<int>(i)}, values[i]);
+      }
+      const std::uint64_t sent = comm.wire_bytes().payload;
+      engine.step({.lr = 1e-3f, .max_norm = max_norm});
+      result.payload = comm.wire_bytes().payload - sent;
+    }
+    result.grown_in_steps = ctx.memory_use().peak - before - result.held;
+    result.plan = engine.plan();
+  });
+  return results;
+}
+
+double per_parameter(const Plan& plan, bool measured = true) {
+  return static_cast<double>(plan.state_bytes(true, measured)) / kManaged;
+}
+
+std::uint64_t row(const Plan& plan, const std::string& what, bool managed) {
+  std::uint64_t bytes = 0;
+  for (const MemoryRow& r : plan.memory) {
+    if (r.what == what && r.fp8_managed == managed) bytes += r.measured;
+  }
+  return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("every row of the plan is what the allocator gave") {
+  for (Level level : kLevels) {
+    for (int ranks : {1, 2, 3}) {
+      for (std::int64_t bucket : {std::int64_t{1}, std::int64_t{32} << 20}) {
+        for (const RankMemory& rank : measure({.level = level, .bucket_elements = bucket}, ranks)) {
+          INFO(name_of(level) << ", " << ranks << " ranks, buckets of " << bucket);
+          std::uint64_t sum = 0;
+          for (const MemoryRow& r : rank.plan.memory) {
+            INFO(r.what << (r.fp8_managed ? ", FP8-managed" : ", other"));
+            CHECK(r.predicted == r.measured);
+            sum += r.measured;
+          }
+          // What is in no row: flags of a few bytes per rank.
+          CHECK(sum <= rank.held);
+          CHECK(rank.held - sum < 1024);
+          CHECK(rank.plan.parameters == static_cast<std::int64_t>(kAll));
+          CHECK(rank.plan.fp8_parameters == static_cast<std::int64_t>(kManaged));
+          CHECK(rank.plan.ranks == ranks);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a step takes no memory") {
+  for (Level level : kLevels) {
+    for (int ranks : {1, 3}) {
+      for (const RankMemory& rank : measure({.level = level}, ranks)) {
+        INFO(name_of(level) << ", " << ranks << " ranks");
+        CHECK(rank.grown_in_steps == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("state bytes per FP8-managed parameter are the design's") {
+  for (int ranks : {1, 2}) {
+    const double o0 = per_parameter(measure({.level = Level::O0}, ranks)[0].plan);
+    const double o1 = per_parameter(measure({.level = Level::O1}, ranks)[0].plan);
+    const double o2 = per_parameter(measure({.level = Level::O2}, ranks)[0].plan);
+    CHECK(o0 >= 16.0);
+    CHECK(o0 <= 16.01);
+    CHECK(o1 >= 12.0);
+    CHECK(o1 <= 12.1);
+    CHECK(o2 >= 7.0);
+    CHECK(o2 <= 7.1);
+  }
+}
+
+TEST_CASE("the rows of O2 are 1 + 1 + 2 + 1 + 2 bytes") {
+  const Plan plan = measure({.level = Level::O2}, 1)[0].plan;
+  const auto managed = static_cast<std::uint64_t>(kManaged);
+  const std::map<std::string, std::uint64_t> expected = {
+      {"weight", 1}, {"gradient", 1}, {"master", 2}, {"m", 1}, {"v", 2}};
+  for (const auto& [what, bytes] : expected) {
+    INFO(what);
+    CHECK(row(plan, what, true) == bytes * managed);
+  }
+  // FP32 weights are their own masters.
+  for (const char* what : {"weight", "gradient", "m", "v"}) CHECK(row(plan, what, false) == 8000);
+  CHECK(row(plan, "master", false) == 0);
+}
+
+TEST_CASE("O3 holds 2 + 5/N bytes on average and no rank more than one panel per bucket above") {
+  for (int ranks : {2, 3, 4}) {
+    for (std::int64_t bucket : {std::int64_t{1}, std::int64_t{32} << 20}) {
+      const auto results = measure({.level = Level::O3, .bucket_elements = bucket}, ranks);
+      const double share = 2 + 5.0 / ranks;
+      double mean = 0;
+      std::int64_t owned = 0;
+      for (const RankMemory& rank : results) {
+        mean += per_parameter(rank.plan) / ranks;
+        owned += rank.plan.owned_fp8_parameters;
+        const double spare = 5 * kLargestPanel * rank.plan.buckets / kManaged;
+        CHECK(per_parameter(rank.plan) <= share + spare + 0.01);
+      }
+      INFO(ranks << " ranks, buckets of " << bucket);
+      CHECK(mean >= share);
+      CHECK(mean <= share + 0.01);
+      CHECK(owned == static_cast<std::int64_t>(kManaged));
+    }
+  }
+}
+
+TEST_CASE("wire bytes are what the plan says and what the paths cost") {
+  const double vector_bytes = 2000 * 4;
+  for (Level level : kLevels) {
+    for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+      for (int ranks : {1, 2, 3, 4}) {
+        const auto results = measure({.level = level, .sharding = sharding}, ranks);
+        double sum = 0;
+        for (const RankMemory& rank : results) {
+          CHECK(rank.payload == rank.plan.wire_bytes_per_step);
+          sum += static_cast<double>(rank.payload);
+        }
+        const double gradient = level == Level::O0 ? 2 : 1;
+        const double weight = level == Level::O0 ? 2 : 1;
+        // Reduction: everything once to each other rank's share. Then the means, or the weights.
+        const double back = sharding == Sharding::none ? gradient : weight;
+        const double expected = (ranks - 1) * (kManaged * (gradient + back) + 2 * vector_bytes);
+        INFO(name_of(level) << ", sharding " << name_of(sharding) << ", " << ranks << " ranks");
+        CHECK(sum == expected);
+      }
+    }
+  }
+}
+
+TEST_CASE("clipping costs no payload") {
+  const auto without = measure({.level = Level::O3}, 3, 0.0f);
+  const auto with = measure({.level = Level::O3}, 3, 1.0f);
+  for (std::size_t rank = 0; rank < 3; ++rank) CHECK(with[rank].payload == without[rank].payload);
+}
+
+TEST_CASE("all of an engine's memory comes from the caller's allocator and goes back") {
+  struct Pool {
+    std::size_t held = 0;
+    std::size_t most = 0;
+  } pool;
+  const Allocator allocator = {[](std::size_t bytes, CUstream_st*, void* user) -> void* {
+                                 Pool& p = *static_cast<Pool*>(user);
+                                 p.held += bytes;
+                                 p.most = std::max(p.most, p.held);
+                                 return std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+                               },
+                               [](void* data, std::size_t bytes, CUstream_st*, void* user) {
+                                 static_cast<Pool*>(user)->held -= bytes;
+                                 std::free(data);
+                               },
+                               &pool};
+  {
+    const Context ctx = Context::cpu(allocator);
+    const auto comm = make_single(ctx);
+    Engine engine(ctx, *comm, {.level = Level::O2});
+    {
+      const Tensor init(ctx, DType::f32, {128, 64});
+      write(ctx, init.view().data, normal_values(8192, 1));
+      engine.add({.name = "w", .shape = {128, 64}, .init = init});
+      engine.freeze();
+    }
+    // The initial values may go after freeze().
+    CHECK(pool.held == ctx.memory_use().current);
+    CHECK(pool.held >= 7 * 8192);
+    CHECK(engine.step({.lr = 1e-3f}).step.read_sync() == 1);
+  }
+  CHECK(pool.held == 0);
+  CHECK(pool.most > 0);
+}
+
+TEST_CASE("the plan as text names what runs") {
+  const std::string text = measure({.level = Level::O3}, 2)[0].plan.to_markdown();
+  for (const char* word :
+       {"O3", "optimizer", "2 over threads", "e4m3", "f16", "sharded", "master", "communication"}) {
+    INFO(word);
+    CHECK(text.find(word) != std::string::npos);
+  }
+  const Plan single = measure({.level = Level::O3}, 1)[0].plan;
+  CHECK_FALSE(single.notes.empty());
+  CHECK(single.wire_bytes_per_step == 0);
+}
+
+}  // namespace octet::test

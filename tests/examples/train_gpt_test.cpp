@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// train_gpt as its user meets it: the table, the JSON, the progress lines, and bad input.
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "examples/program.hpp"
+#include "octet/runtime/context.hpp"
+#include "support/catch.hpp"
+#include "support/errors.hpp"
+
+using namespace octet::test;
+using nlohmann::json;
+
+namespace {
+
+const std::string kSmall = "--layers 1 --width 64 --heads 2 --context 16 --batch 4 ";
+
+const char* const kRunKeys[] = {"level",
+                                "sharding",
+                                "ranks",
+                                "device",
+                                "parameters",
+                                "val_loss",
+                                "losses",
+                                "state_bytes_per_parameter",
+                                "state_bytes_per_parameter_all",
+                                "peak_bytes_per_rank",
+                                "wire_bytes_per_parameter_per_step",
+                                "fp8_gemms_per_step",
+                                "step_seconds",
+                                "skipped_steps"};
+
+/// Runs train_gpt and returns what --json wrote.
+json train(const std::string& arguments, Outcome* outcome = nullptr) {
+  const Folder folder;
+  const std::string path = folder.file("out.json");
+  const Outcome result = run_program(folder, arguments + " --json '" + path + "'");
+  INFO(arguments << "\n" << result.err);
+  REQUIRE(result.exit_code == 0);
+  if (outcome != nullptr) *outcome = result;
+  return json::parse(read_file(path));
+}
+
+std::size_t count_of(const std::string& text, const std::string& part) {
+  std::size_t count = 0;
+  for (auto at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++count;
+  return count;
+}
+
+double mean_of(const std::vector<double>& values, std::size_t begin, std::size_t end) {
+  double sum = 0.0;
+  for (std::size_t i = begin; i < end; ++i) sum += values[i] / double(end - begin);
+  return sum;
+}
+
+/// What must hold for every run of kSmall with 20 steps.
+void check_run(const json& run, int ranks, const std::string& device) {
+  const std::string level = run.at("level");
+  INFO(level << ", " << ranks << " ranks, " << device);
+  CHECK(run.size() == std::size(kRunKeys));
+  for (const char* key : kRunKeys) CHECK(run.contains(key));
+  CHECK(run.at("sharding") == (level == "O3" ? "optimizer" : "none"));
+  CHECK(run.at("ranks") == ranks);
+  CHECK(run.at("device") == device);
+  // 256 and 16 rows of embeddings, one block, five LayerNorm vectors of gains and biases each.
+  CHECK(run.at("parameters") == 256 * 64 + 16 * 64 + 12 * 64 * 64 + 3 * 2 * 64);
+  CHECK(run.at("skipped_steps") == 0);
+  CHECK(run.at("fp8_gemms_per_step") == (level == "O0" ? 0 : 15));  // 5 products, 3 GEMMs each
+  CHECK(run.at("step_seconds") > 0.0);
+  CHECK(run.at("peak_bytes_per_rank") > run.at("parameters"));
+
+  const double state = run.at("state_bytes_per_parameter");
+  const double expected = level == "O0"   ? 16.0
+                          : level == "O1" ? 12.0
+                          : level == "O2" ? 7.0
+                                          : 2.0 + 5.0 / ranks;
+  CHECK(state >= expected);
+  CHECK(state <= expected + 0.1);
+  CHECK(run.at("state_bytes_per_parameter_all") > state);
+  CHECK((run.at("wire_bytes_per_parameter_per_step") > 0.0) == (ranks > 1));
+
+  const auto losses = run.at("losses").get<std::vector<double>>();
+  REQUIRE(losses.size() == 20);
+  CHECK(std::abs(losses.front() - std::log(256.0)) < 0.1);
+  CHECK(mean_of(losses, 15, 20) < losses.front() - 0.5);
+  CHECK(std::abs(run.at("val_loss").get<double>() - mean_of(losses, 15, 20)) < 0.5);
+}
+
+}  // namespace
+
+TEST_CASE("four levels on the repository's own text", "[train_gpt]") {
+  Outcome outcome;
+  const json document =
+      train(kSmall + "--device cpu --ranks 2 --steps 20 --log-every 10 --lr 1e-2", &outcome);
+  for (const char* key : {"commit", "compiler", "cuda"}) CHECK(document.at(key).is_string());
+  CHECK(document.size() == 4);
+  const json& runs = document.at("runs");
+  REQUIRE(runs.size() == 4);
+  const std::string levels[] = {"O0", "O1", "O2", "O3"};
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(runs[i].at("level") == levels[i]);
+    check_run(runs[i], 2, "cpu");
+    CHECK(count_of(outcome.out, "\n| " + levels[i] + " |") == 1);
+    for (const char* line : {"  step 10/20  loss ", "  step 20/20  loss "}) {
+      CHECK(count_of(outcome.err, levels[i] + line) == 1);
+    }
+  }
+  CHECK(count_of(outcome.err, "step ") == 8);
+  CHECK(outcome.err.find('\r') == std::string::npos);
+  // FP8 is really computed, and formats really differ.
+  CHECK(runs[0].at("losses") != runs[1].at("losses"));
+  CHECK(runs[1].at("losses") != runs[2].at("losses"));
+  CHECK(runs[1].at("losses")[0] == runs[2].at("losses")[0]);
+  CHECK(runs[2].at("losses")[0] == runs[3].at("losses")[0]);
+}
+
+TEST_CASE("the same seed gives the same run, at any number of ranks the same batches",
+          "[train_gpt]") {
+  const std::string arguments = kSmall + "--device cpu --levels O0,O2 --steps 3 ";
+  const json two = train(arguments + "--ranks 2"), again = train(arguments + "--ranks 2");
+  const json one = train(arguments + "--ranks 1"), four = train(arguments + "--ranks 4");
+  const json other = train(arguments + "--ranks 2 --seed 4");
+  for (std::size_t i = 0; i < 2; ++i) {
+    CHECK(two.at("runs")[i].at("losses") == again.at("runs")[i].at("losses"));
+    CHECK(two.at("runs")[i].at("val_loss") == again.at("runs")[i].at("val_loss"));
+    CHECK(two.at("runs")[i].at("losses") != other.at("runs")[i].at("losses"));
+  }
+  for (const json* result : {&one, &four}) {
+    for (std::size_t step = 0; step < 3; ++step) {
+      const double loss = result->at("runs")[0].at("losses")[step];
+      CHECK(std::abs(loss - two.at("runs")[0].at("losses")[step].get<double>()) < 2e-3);
+    }
+  }
+}
+
+TEST_CASE("CUDA trains as the CPU does", "[train_gpt]") {
+  if (octet::cuda_device_count() == 0) return;
+  const std::string arguments = kSmall + "--steps 20 --lr 3e-3 --ranks 1 --device ";
+  const json cuda = train(arguments + "cuda"), cpu = train(arguments + "cpu");
+  for (std::size_t i = 0; i < 4; ++i) {
+    check_run(cuda.at("runs")[i], 1, "cuda");
+    const auto actual = cuda.at("runs")[i].at("losses").get<std::vector<double>>();
+    const auto expected = cpu.at("runs")[i].at("losses").get<std::vector<double>>();
+    CHECK(std::abs(actual.front() - expected.front()) < 1e-3);
+    CHECK(std::abs(mean_of(actual, 15, 20) - mean_of(expected, 15, 20)) < 0.05);
+  }
+}
+
+TEST_CASE("a file of one's own, just long enough and one byte too short", "[train_gpt]") {
+  const Folder folder;
+  // A context of 16 needs 17 bytes in the 5 % that are held out: 340 bytes in all.
+  std::ofstream(folder.file("enough")) << std::string(340, 'a');
+  std::ofstream(folder.file("short")) << std::string(339, 'a');
+  const json document =
+      train(kSmall + "--device cpu --levels O1 --steps 2 --data '" + folder.file("enough") + "'");
+  CHECK(document.at("runs")[0].at("losses").size() == 2);
+
+  const Outcome outcome = run_program(
+      folder, kSmall + "--device cpu --levels O1 --data '" + folder.file("short") + "'");
+  CHECK(outcome.exit_code == 1);
+  CHECK(missing(outcome.err, {"too short", folder.file("short"), "339", "340", "16"}) == "");
+}
+
+TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_gpt]") {
+  struct Case {
+    std::string arguments;
+    std::vector<std::string> words;
+  };
+  const int gpus = octet::cuda_device_count();
+  const Case too_many_gpus{"--device cuda --ranks " + std::to_string(gpus + 1),
+                           {std::to_string(gpus + 1), "GPU", std::to_string(gpus)}};
+  const Case no_gpu{"--device cuda", {"--device cuda", "no CUDA device"}};
+  const std::vector<Case> cases{
+      {"--data /nowhere/text", {"/nowhere/text", "does not exist"}},
+      {"--data /tmp", {"/tmp", "not a regular file"}},
+      {"--levels O0,O9", {"O9", "O0, O1, O2"}},
+      {"--levels o1", {"o1"}},
+      {"--width 100 --heads 4", {"--width 100", "multiple of 16"}},
+      {"--width 128 --heads 3", {"--width 128", "--heads 3"}},
+      {"--width 32 --heads 2", {"--width 32", "at least 64"}},
+      {"--width 512 --heads 2", {"--width 512", "--heads 2", "128"}},
+      {"--heads 0", {"--heads 0", "at least 1"}},
+      {"--layers 0", {"--layers 0", "at least 1"}},
+      {"--context 0", {"--context 0", "at least 1"}},
+      {"--batch 0", {"--batch 0", "at least 1"}},
+      {"--batch 16 --ranks 3", {"--batch 16", "--ranks 3"}},
+      {"--ranks 0", {"--ranks 0", "at least 1"}},
+      {"--ranks -2", {"--ranks -2", "at least 1"}},
+      {"--steps 0", {"--steps 0", "at least 1"}},
+      {"--steps -5", {"--steps -5", "at least 1"}},
+      {"--steps many", {"--steps", "many"}},
+      {"--log-every 0", {"--log-every 0", "at least 1"}},
+      {"--lr 0", {"--lr 0", "positive"}},
+      {"--lr nan", {"--lr nan", "positive"}},
+      {"--seed -1", {"--seed -1", "negative"}},
+      {"--device gpu", {"--device gpu", "auto, cpu or cuda"}},
+      {"--json /nowhere/out.json", {"/nowhere/out.json"}},
+      {"--json /tmp", {"/tmp"}},
+      {"--colour red", {"--colour"}},
+      gpus > 0 ? too_many_gpus : no_gpu,
+  };
+  const Folder folder;
+  for (const Case& c : cases) {
+    const std::string device = c.arguments.find("--device") == 0 ? "" : " --device cpu";
+    const Outcome outcome = run_program(folder, c.arguments + device);
+    INFO(c.arguments << "\n" << outcome.err);
+    CHECK(outcome.exit_code == 1);
+    CHECK(outcome.out.empty());
+    CHECK(count_of(outcome.err, "\n") == 1);
+    CHECK(outcome.err.find("train_gpt: ") == 0);
+    for (const std::string& word : c.words) CHECK(missing(outcome.err, {word}) == "");
+  }
+}
+
+TEST_CASE("--help names every option", "[train_gpt]") {
+  const Folder folder;
+  const Outcome outcome = run_program(folder, "--help");
+  CHECK(outcome.exit_code == 0);
+  CHECK(outcome.err.empty());
+  CHECK(missing(outcome.out, {"--data", "--levels", "--ranks", "--steps", "--device", "--layers",
+                              "--width", "--heads", "--context", "--batch", "--lr", "--seed",
+                              "--log-every", "--json"}) == "");
+}

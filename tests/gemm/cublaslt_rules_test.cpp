@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// What cuBLASLt can do is known without a GPU: problems, devices and the expected answer.
+#include "octet/gemm/cublaslt.hpp"
+#include "support/catch.hpp"
+#include "support/errors.hpp"
+
+using namespace octet;
+using namespace octet::test;
+
+namespace {
+
+constexpr DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
+constexpr DType e4m3 = DType::e4m3, e5m2 = DType::e5m2;
+
+std::string answer(const GemmProblem& p, int compute_capability) {
+  const GemmSupport support = query_cublaslt(p, {DeviceType::cuda, compute_capability});
+  return support.verdict == GemmVerdict::native ? "yes: " + support.reason : support.reason;
+}
+
+GemmProblem fp8(std::int64_t m, std::int64_t n, std::int64_t k, DType a, DType b, DType d) {
+  return {.m = m, .n = n, .k = k, .a = a, .b = b, .d = d};
+}
+
+}  // namespace
+
+TEST_CASE("cuBLASLt rules: FP8 needs a device that has it") {
+  const GemmProblem p = fp8(64, 64, 64, e4m3, e4m3, bf16);
+  for (int capability : {70, 75, 80, 86, 87}) {
+    CHECK(missing(answer(p, capability),
+                  {"compute capability " + std::to_string(capability), "89"}) == "");
+  }
+  for (int capability : {89, 90, 100, 120}) {
+    CHECK(missing(answer(p, capability), {"yes: ", "promoted"}) == "");
+  }
+  GemmProblem fast = p;
+  fast.fast_accumulation = true;
+  CHECK(missing(answer(fast, 90), {"yes: ", "fast"}) == "");
+  const GemmSupport cpu = query_cublaslt(p, {});
+  CHECK(cpu.verdict == GemmVerdict::no);
+  CHECK(missing(cpu.reason, {"CUDA"}) == "");
+}
+
+TEST_CASE("cuBLASLt rules: FP8 formats") {
+  CHECK(missing(answer(fp8(64, 64, 64, e4m3, e5m2, bf16), 90), {"yes: "}) == "");
+  CHECK(missing(answer(fp8(64, 64, 64, e5m2, e4m3, f32), 90), {"yes: "}) == "");
+  CHECK(missing(answer(fp8(64, 64, 64, e5m2, e5m2, f32), 90), {"both e5m2", "e4m3"}) == "");
+  CHECK(missing(answer(fp8(64, 64, 64, e4m3, bf16, f32), 90), {"a is e4m3", "b is bf16"}) == "");
+  CHECK(missing(answer(fp8(64, 64, 64, f32, e5m2, f32), 90), {"a is f32", "b is e5m2"}) == "");
+  CHECK(missing(answer(fp8(64, 64, 64, e4m3, e4m3, e4m3), 90), {"d is e4m3", "f32", "bf16"}) == "");
+  CHECK(missing(answer(fp8(64, 64, 64, e4m3, e4m3, f16), 90), {"d is f16"}) == "");
+  GemmProblem p = fp8(64, 64, 64, e4m3, e4m3, f32);
+  p.a_transposed = true;
+  CHECK(missing(answer(p, 90), {"a is transposed", "k"}) == "");
+  p.a_transposed = false;
+  p.b_transposed = true;
+  CHECK(missing(answer(p, 90), {"b is transposed", "k"}) == "");
+}
+
+TEST_CASE("cuBLASLt rules: FP8 sizes; the rows of A are free") {
+  for (std::int64_t m : {1, 7, 16, 17, 5743}) {
+    CHECK(missing(answer(fp8(m, 8, 16, e4m3, e4m3, bf16), 90), {"yes: "}) == "");
+  }
+  for (std::int64_t k : {1, 8, 15, 17, 24}) {
+    CHECK(missing(answer(fp8(64, 64, k, e4m3, e4m3, bf16), 90),
+                  {"k is " + std::to_string(k), "16"}) == "");
+  }
+  for (std::int64_t n : {1, 4, 7, 12, 17}) {
+    CHECK(missing(answer(fp8(64, n, 64, e4m3, e4m3, bf16), 90),
+                  {"n is " + std::to_string(n), "bf16", std::to_string(2 * n) + " bytes", "16"}) ==
+          "");
+  }
+  CHECK(missing(answer(fp8(64, 12, 64, e4m3, e4m3, f32), 90), {"yes: "}) == "");
+  CHECK(missing(answer(fp8(64, 14, 64, e4m3, e4m3, f32), 90), {"n is 14", "56 bytes"}) == "");
+}
+
+TEST_CASE("cuBLASLt rules: BF16 and FP32") {
+  for (bool a_transposed : {false, true}) {
+    for (bool b_transposed : {false, true}) {
+      GemmProblem p = fp8(3, 5, 7, bf16, bf16, f32);
+      p.a_transposed = a_transposed;
+      p.b_transposed = b_transposed;
+      CHECK(missing(answer(p, 80), {"yes: ", "BF16"}) == "");
+      p.d = bf16;
+      CHECK(missing(answer(p, 90), {"yes: ", "BF16"}) == "");
+      p.a = p.b = p.d = f32;
+      CHECK(missing(answer(p, 75), {"yes: ", "FP32"}) == "");
+    }
+  }
+  CHECK(missing(answer(fp8(3, 5, 7, bf16, bf16, f32), 75), {"capability 75", "80"}) == "");
+  CHECK(missing(answer(fp8(3, 5, 7, bf16, bf16, e4m3), 90), {"d is e4m3"}) == "");
+  CHECK(missing(answer(fp8(3, 5, 7, f32, f32, bf16), 90), {"d is bf16", "f32"}) == "");
+  CHECK(missing(answer(fp8(3, 5, 7, f32, bf16, f32), 90), {"a is f32", "b is bf16"}) == "");
+  CHECK(missing(answer(fp8(3, 5, 7, f16, f16, f32), 90), {"a is f16", "b is f16"}) == "");
+}
+
+TEST_CASE("cuBLASLt rules: dimensions of 32 bits") {
+  const std::int64_t limit = 2147483647;
+  CHECK(missing(answer(fp8(limit, 16, 16, bf16, bf16, f32), 90), {"yes: "}) == "");
+  const std::string above = std::to_string(limit + 1);
+  CHECK(missing(answer(fp8(limit + 1, 16, 16, bf16, bf16, f32), 90), {"m is " + above}) == "");
+  CHECK(missing(answer(fp8(16, limit + 1, 16, bf16, bf16, f32), 90), {"n is " + above}) == "");
+  CHECK(missing(answer(fp8(16, 16, limit + 1, e4m3, e4m3, f32), 90), {"k is " + above}) == "");
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm/matrices.hpp"
+#include "octet/gemm/gemm.hpp"
+#include "support/catch.hpp"
+#include "support/compare.hpp"
+#include "support/errors.hpp"
+
+using namespace octet;
+using namespace octet::test;
+
+namespace {
+
+/// Runs only problems of one m; fills D with a byte and counts its calls.
+class Stub final : public GemmBackend {
+ public:
+  Stub(std::string name, std::int64_t m, int* calls) : name_(name), m_(m), calls_(calls) {}
+  std::string name() const override { return name_; }
+  GemmSupport query(const GemmProblem& p, const GemmDevice&) const override {
+    if (p.m == m_) return {GemmVerdict::native, "a stub"};
+    return {GemmVerdict::no, "m is not " + std::to_string(m_)};
+  }
+  void run(const Context&, const GemmProblem&, const GemmArgs&) override { ++*calls_; }
+
+ private:
+  std::string name_;
+  std::int64_t m_;
+  int* calls_;
+};
+
+struct Fixture {
+  Context ctx = Context::cpu();
+  GemmRegistry gemms{ctx};
+  Buffer operand{ctx, 4096};
+  Buffer scale = upload(ctx, std::vector<float>{1.0f});
+  Guarded d{ctx, 1024};
+
+  Fixture() { zero_bytes(ctx, operand.data(), operand.bytes()); }
+  GemmArgs args() const {
+    return {operand.data(), scale.as<float>(), operand.data(), scale.as<float>(), d.data()};
+  }
+  bool untouched() const {
+    return first_difference(d.values<std::uint8_t>(), Bytes(d.bytes(), Guarded::kFill)) == "";
+  }
+};
+
+}  // namespace
+
+TEST_CASE_METHOD(Fixture, "registry: the backend added last is asked first") {
+  const GemmProblem p{.m = 7, .n = 2, .k = 3};
+  CHECK(gemms.choose(p).backend->name() == "reference");
+  gemms.run(p, args());
+  CHECK_FALSE(untouched());
+  int older = 0, newer = 0;
+  gemms.add(std::make_unique<Stub>("older", 7, &older));
+  gemms.run(p, args());
+  CHECK(older == 1);
+  gemms.add(std::make_unique<Stub>("newer", 7, &newer));
+  gemms.run(p, args());
+  CHECK((older == 1 && newer == 1));
+  CHECK(gemms.choose(p).backend->name() == "newer");
+  CHECK(gemms.choose(p).report == "newer: native, a stub\n");
+  gemms.run({.m = 8, .n = 2, .k = 3}, args());
+  CHECK((older == 1 && newer == 1));
+}
+
+TEST_CASE_METHOD(Fixture, "registry: the report has a line for each backend asked") {
+  int calls = 0;
+  gemms.add(std::make_unique<Stub>("seven", 7, &calls));
+  gemms.add(std::make_unique<Stub>("nine", 9, &calls));
+  const GemmRegistry::Choice choice = gemms.choose({.m = 8, .n = 2, .k = 3});
+  CHECK(choice.backend->name() == "reference");
+  CHECK(missing(choice.report,
+                {"nine: no, m is not 9\nseven: no, m is not 7\nreference: native, "}) == "");
+  const GemmProblem f16{.m = 8, .n = 2, .k = 3, .a = DType::f16};
+  CHECK(gemms.choose(f16).backend == nullptr);
+  CHECK(missing(error_of([&] { gemms.run(f16, args()); }),
+                {"gemm m=8 n=2 k=3 a=f16 b=e4m3 d=f32", "nine: no, m is not 9",
+                 "seven: no, m is not 7", "reference: no, a is f16"}) == "");
+  CHECK(calls == 0);
+  CHECK(untouched());
+  CHECK(missing(error_of([&] { gemms.add(nullptr); }), {"null"}) == "");
+}
+
+TEST_CASE_METHOD(Fixture, "registry: counts by the type of the operands") {
+  const auto run = [&](DType a, DType b) {
+    gemms.run({.m = 2, .n = 2, .k = 2, .a = a, .b = b}, args());
+  };
+  run(DType::e4m3, DType::e4m3);
+  run(DType::e5m2, DType::bf16);
+  run(DType::f32, DType::e4m3);
+  run(DType::bf16, DType::bf16);
+  run(DType::f32, DType::bf16);
+  run(DType::f32, DType::f32);
+  CHECK(gemms.counts().fp8 == 3);
+  CHECK(gemms.counts().bf16 == 2);
+  CHECK(gemms.counts().f32 == 1);
+}
+
+TEST_CASE_METHOD(Fixture, "registry: wrong arguments are named before anything runs") {
+  const GemmProblem p{.m = 2, .n = 3, .k = 4};
+  const auto message = [&](const GemmProblem& problem, const GemmArgs& wrong) {
+    return error_of([&] { gemms.run(problem, wrong); });
+  };
+  const auto with = [&](auto change) {
+    GemmArgs changed = args();
+    change(changed);
+    return message(p, changed);
+  };
+  CHECK(missing(message({.m = -1, .n = 3, .k = 4}, args()), {"m=-1", "negative"}) == "");
+  CHECK(missing(message({.m = 2, .n = -3, .k = 4}, args()), {"n=-3", "negative"}) == "");
+  CHECK(missing(message({.m = 2, .n = 3, .k = -4}, args()), {"k=-4", "negative"}) == "");
+  CHECK(missing(with([](GemmArgs& x) { x.a = nullptr; }), {"m=2 n=3 k=4", "a is null"}) == "");
+  CHECK(missing(with([](GemmArgs& x) { x.b = nullptr; }), {"b is null"}) == "");
+  CHECK(missing(with([](GemmArgs& x) { x.d = nullptr; }), {"d is null"}) == "");
+  CHECK(missing(with([](GemmArgs& x) { x.a_scale_inv = nullptr; }), {"a_scale_inv", "null"}) == "");
+  CHECK(missing(with([](GemmArgs& x) { x.b_scale_inv = nullptr; }), {"b_scale_inv", "null"}) == "");
+  const auto off = [](const void* pointer) { return static_cast<const char*>(pointer) + 8; };
+  CHECK(missing(with([&](GemmArgs& x) { x.b = off(x.b); }), {"b is at", "16 bytes"}) == "");
+  CHECK(untouched());
+  CHECK(gemms.counts().fp8 == 0);
+  // Only FP8 operands need a scale.
+  CHECK(message({.m = 2, .n = 3, .k = 4, .a = DType::f32, .b = DType::bf16},
+                {.a = operand.data(), .b = operand.data(), .d = d.data()}) == "no error");
+}
+
+TEST_CASE("registry: empty products") {
+  for (const Context& ctx : test_contexts()) {
+    GemmRegistry gemms(ctx);
+    const Guarded d(ctx, 5 * 7 * 2);
+    gemms.run({.m = 0, .n = 7, .k = 3}, {});
+    gemms.run({.m = 5, .n = 0, .k = 3}, {});
+    const Bytes fill(d.bytes(), Guarded::kFill);
+    CHECK(first_difference(d.values<std::uint8_t>(), fill) == "");
+    gemms.run({.m = 5, .n = 7, .k = 0, .d = DType::bf16}, {.d = d.data()});
+    CHECK(first_difference(d.values<std::uint8_t>(), Bytes(d.bytes(), 0)) == "");
+    CHECK(d.intact());
+    CHECK(gemms.counts().fp8 == 0);
+  }
+}
+
+TEST_CASE("registry: a problem as text and as a key") {
+  const GemmProblem p{.m = 4, .n = 8, .k = 16, .b = DType::e5m2, .b_transposed = true};
+  CHECK(to_string(p) == "gemm m=4 n=8 k=16 a=e4m3 b=e5m2^T d=f32");
+  const auto hash = [](GemmProblem problem) { return GemmProblemHash{}(problem); };
+  CHECK(hash(p) == hash(GemmProblem(p)));
+  const std::vector<GemmProblem> others = {
+      {.m = 8, .n = 4, .k = 16, .b = DType::e5m2, .b_transposed = true},
+      {.m = 4, .n = 16, .k = 8, .b = DType::e5m2, .b_transposed = true},
+      {.m = 4, .n = 8, .k = 16, .b = DType::e4m3, .b_transposed = true},
+      {.m = 4, .n = 8, .k = 16, .b = DType::e5m2, .a_transposed = true},
+      {.m = 4, .n = 8, .k = 16, .b = DType::e5m2, .d = DType::bf16, .b_transposed = true},
+      {.m = 4, .n = 8, .k = 16, .b = DType::e5m2, .b_transposed = true, .fast_accumulation = true}};
+  for (const GemmProblem& other : others) {
+    CHECK_FALSE(other == p);
+    CHECK(hash(other) != hash(p));
+  }
+}

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pieces of a list of parameters updated apart give the bits of the whole; so do CPU and CUDA.
+#include "support/adamw_model.hpp"
+#include "support/catch.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+
+namespace octet::test {
+namespace {
+
+const std::vector<Shape> kShapes = {{300, 97}, {1}, {40000}, {129, 131}, {128, 64}, {2, 9000}};
+
+std::vector<ParamCase> cases_of(const StateFormats& formats, DType gradient) {
+  std::vector<ParamCase> cases;
+  for (const Shape& shape : kShapes) {
+    const bool small = shape.numel() < 100;
+    cases.push_back(
+        {shape, small ? kPlain : formats, small ? DType::f32 : gradient, small ? 0.0f : 0.1f});
+  }
+  return cases;
+}
+
+std::vector<float> values_of(std::size_t i, std::uint32_t seed, float sigma) {
+  const auto count = static_cast<std::size_t>(kShapes[i].numel());
+  return normal_values(count, seed * 100 + static_cast<std::uint32_t>(i), sigma);
+}
+
+int param_count() { return static_cast<int>(kShapes.size()); }
+
+/// Which owner has which panels: dealt out one by one, so that shards are scattered.
+std::vector<std::vector<Piece>> pieces_of(std::size_t owner, std::size_t owners) {
+  std::vector<std::vector<Piece>> pieces(kShapes.size());
+  std::size_t dealt = 0;
+  for (std::size_t i = 0; i < kShapes.size(); ++i) {
+    for (const Piece& panel : panels_of(static_cast<std::int32_t>(i), kShapes[i])) {
+      if (dealt++ % owners == owner) pieces[i].push_back(panel);
+    }
+  }
+  return pieces;
+}
+
+/// The owners' models, kept together by what a communicator would do: sums of squares and amaxes.
+class Group {
+ public:
+  Group(const Context& ctx, const AdamWConfig& config, const StateFormats& formats, DType gradient,
+        std::size_t owners)
+      : ctx_(ctx) {
+    for (std::size_t owner = 0; owner < owners; ++owner) {
+      std::vector<ParamCase> cases = cases_of(formats, gradient);
+      const auto pieces = pieces_of(owner, owners);
+      if (owners > 1) {
+        for (std::size_t i = 0; i < cases.size(); ++i) cases[i].pieces = pieces[i];
+      }
+      models_.push_back(std::make_unique<AdamwModel>(ctx, config, cases));
+      pieces_.push_back(pieces);
+    }
+  }
+
+  void initialise() {
+    for (int i = 0; i < param_count(); ++i) {
+      for (auto& model : models_) {
+        model->initialise(i, values_of(static_cast<std::size_t>(i), 1, 0.02f));
+      }
+    }
+  }
+
+  void step(std::uint32_t t, float max_norm) {
+    for (auto& model : models_) {
+      for (int i = 0; i < param_count(); ++i) {
+        model->set_gradient(i, values_of(static_cast<std::size_t>(i), 10 + t, 0.1f));
+      }
+      if (max_norm > 0) model->optimizer().sum_squares();
+    }
+    if (max_norm > 0) share_sums();
+    for (auto& model : models_) {
+      model->optimizer().step({.lr = 1e-3f, .max_norm = max_norm, .nonfinite = model->flag()});
+    }
+    share_amax();
+  }
+
+  /// Bytes of all weights and states put together from their owners, and the scales of the first.
+  std::vector<std::uint8_t> all_bytes() const {
+    std::vector<std::uint8_t> all;
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      const int p = static_cast<int>(i);
+      append(all, gather(
+                      i, [&](AdamwModel& m) { return m.weight_view(p); }, false));
+      const bool own_master = models_[0]->weight_view(p).dtype != DType::f32;
+      append(all, gather(
+                      i, [&](AdamwModel& m) { return m.optimizer().master(p).data; }, own_master));
+      append(all, gather(
+                      i, [&](AdamwModel& m) { return m.optimizer().m(p).data; }, true));
+      append(all, gather(
+                      i, [&](AdamwModel& m) { return m.optimizer().v(p).data; }, true));
+    }
+    append(all, bytes_of(models_[0]->scales()));
+    return all;
+  }
+
+  std::vector<TensorScale> scales(std::size_t owner) const { return models_[owner]->scales(); }
+  AdamwScalars scalars(std::size_t owner) const { return models_[owner]->scalars(); }
+  std::size_t size() const { return models_.size(); }
+  std::vector<float> sums(std::size_t owner) const {
+    AdamW& optimizer = models_[owner]->optimizer();
+    return download<float>(ctx_, optimizer.segment_sums(),
+                           static_cast<std::size_t>(optimizer.total_segments()));
+  }
+
+ private:
+  static void append(std::vector<std::uint8_t>& all, const std::vector<std::uint8_t>& part) {
+    all.insert(all.end(), part.begin(), part.end());
+  }
+
+  void share_sums() {
+    std::vector<float> sums(static_cast<std::size_t>(models_[0]->optimizer().total_segments()));
+    for (std::size_t owner = 0; owner < models_.size(); ++owner) {
+      const std::vector<float> own = this->sums(owner);
+      for (const Segment& segment : models_[owner]->optimizer().segments()) {
+        const auto index = static_cast<std::size_t>(segment.index);
+        sums[index] = own[index];
+      }
+    }
+    for (auto& model : models_) write(ctx_, model->optimizer().segment_sums(), sums);
+  }
+
+  void share_amax() {
+    std::vector<TensorScale> common = models_[0]->scales();
+    for (const auto& model : models_) {
+      const std::vector<TensorScale> own = model->scales();
+      for (std::size_t i = 0; i < own.size(); ++i) {
+        common[i].amax = std::max(common[i].amax, own[i].amax);
+      }
+    }
+    for (auto& model : models_) {
+      std::vector<TensorScale> own = model->scales();
+      for (std::size_t i = 0; i < own.size(); ++i) own[i].amax = common[i].amax;
+      write(ctx_, model->optimizer().scales(), own);
+    }
+  }
+
+  /// A tensor of parameter i from the pieces of its owners; `sharded` says how they hold it.
+  template <class View>
+  std::vector<std::uint8_t> gather(std::size_t i, View view, bool sharded) const {
+    if (models_.size() == 1) return download_bytes(ctx_, view(*models_[0]));
+    const std::size_t width = size_of(view(*models_[0]).dtype);
+    std::vector<std::uint8_t> whole(static_cast<std::size_t>(kShapes[i].numel()) * width);
+    for (std::size_t owner = 0; owner < models_.size(); ++owner) {
+      const auto held = download_bytes(ctx_, view(*models_[owner]));
+      std::size_t local = 0;
+      for (const Piece& piece : pieces_[owner][i]) {
+        const std::size_t begin = static_cast<std::size_t>(piece.begin) * width;
+        const std::size_t bytes = static_cast<std::size_t>(piece.count) * width;
+        std::copy_n(held.begin() + static_cast<std::ptrdiff_t>(sharded ? local : begin), bytes,
+                    whole.begin() + static_cast<std::ptrdiff_t>(begin));
+        local += bytes;
+      }
+      if (sharded) REQUIRE(held.size() == local);
+    }
+    return whole;
+  }
+
+  Context ctx_;
+  std::vector<std::unique_ptr<AdamwModel>> models_;
+  std::vector<std::vector<std::vector<Piece>>> pieces_;
+};
+
+}  // namespace
+
+TEST_CASE("sharded pieces give the bits of the whole for 2, 3 and 4 owners") {
+  for (const Context& ctx : test_contexts()) {
+    for (const StateFormats& formats : {kPlain, kO0, kO1, kO2}) {
+      for (float max_norm : {0.0f, 1.0f}) {
+        const DType gradient = formats == kPlain ? DType::f32 : DType::e4m3;
+        Group whole(ctx, {.seed = 4}, formats, gradient, 1);
+        whole.initialise();
+        for (std::uint32_t t = 1; t <= 3; ++t) whole.step(t, max_norm);
+        for (std::size_t owners : {2u, 3u, 4u}) {
+          INFO(to_string(ctx.device())
+               << ", m " << name_of(formats.m) << ", weight " << name_of(formats.weight) << ", "
+               << owners << " owners, max_norm " << max_norm);
+          Group group(ctx, {.seed = 4}, formats, gradient, owners);
+          group.initialise();
+          for (std::uint32_t t = 1; t <= 3; ++t) group.step(t, max_norm);
+          CHECK(first_difference(group.all_bytes(), whole.all_bytes()) == "");
+          for (std::size_t owner = 0; owner < owners; ++owner) {
+            CHECK(bits_of(group.scalars(owner).norm) == bits_of(whole.scalars(0).norm));
+            CHECK(bits_of(group.scalars(owner).clip) == bits_of(whole.scalars(0).clip));
+            CHECK(group.scalars(owner).step == 3);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("sums of squares do not depend on who computes them and hit the true norm") {
+  for (const Context& ctx : test_contexts()) {
+    Group whole(ctx, {}, kO2, DType::e4m3, 1), group(ctx, {}, kO2, DType::e4m3, 3);
+    for (Group* each : {&whole, &group}) {
+      each->initialise();
+      each->step(1, 1.0f);
+    }
+    for (std::size_t owner = 0; owner < 3; ++owner) {
+      CHECK(first_difference(group.sums(owner), whole.sums(0)) == "");
+    }
+    double squares = 0;
+    for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      const Encoded g = encode_values(kShapes[i].numel() < 100 ? DType::f32 : DType::e4m3,
+                                      values_of(i, 11, 0.1f));
+      squares += std::pow(norm_of(g.decoded), 2);
+    }
+    CHECK(std::abs(static_cast<double>(whole.scalars(0).norm) / std::sqrt(squares) - 1) < 1e-6);
+  }
+}
+
+TEST_CASE("whole runs on CPU and CUDA have equal bits") {
+  const std::vector<Context> contexts = test_contexts();
+  if (contexts.size() < 2) {
+    WARN("no CUDA device: nothing to compare with");
+    return;
+  }
+  for (const StateFormats& formats : {kPlain, kO0, kO1, kO2}) {
+    for (DType gradient : {DType::f32, DType::bf16, DType::e4m3}) {
+      for (float max_norm : {0.0f, 1.0f}) {
+        INFO("weight " << name_of(formats.weight) << ", m " << name_of(formats.m) << ", gradient "
+                       << name_of(gradient) << ", max_norm " << max_norm);
+        Group cpu(contexts[0], {.seed = 4}, formats, gradient, 1);
+        Group cuda(contexts[1], {.seed = 4}, formats, gradient, 1);
+        cpu.initialise();
+        cuda.initialise();
+        REQUIRE(first_difference(cuda.all_bytes(), cpu.all_bytes()) == "");
+        for (std::uint32_t t = 1; t <= 8; ++t) {
+          cpu.step(t, max_norm);
+          cuda.step(t, max_norm);
+          INFO("step " << t);
+          REQUIRE(first_difference(cuda.sums(0), cpu.sums(0)) == "");
+          REQUIRE(bits_of(cuda.scalars(0).norm) == bits_of(cpu.scalars(0).norm));
+          REQUIRE(bits_of(cuda.scalars(0).k1) == bits_of(cpu.scalars(0).k1));
+          REQUIRE(bits_of(cuda.scalars(0).k2) == bits_of(cpu.scalars(0).k2));
+          REQUIRE(bits_of(cuda.scalars(0).bound) == bits_of(cpu.scalars(0).bound));
+          REQUIRE(first_difference(cuda.all_bytes(), cpu.all_bytes()) == "");
+        }
+      }
+    }
+  }
+}
+
+}  // namespace octet::test

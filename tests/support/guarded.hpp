@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "support/devices.hpp"
+
+namespace octet::test {
+
+/// An output buffer between two stretches of known bytes. The buffer itself starts with the same
+/// bytes, so that an element never written is seen as well.
+class Guarded {
+ public:
+  static constexpr std::uint8_t kFill = 0xA5;
+  static constexpr std::size_t kGuard = 256;
+
+  Guarded(const Context& ctx, std::size_t bytes)
+      : ctx_(ctx), bytes_(bytes), buffer_(ctx, bytes + 2 * kGuard) {
+    write(ctx_, buffer_.data(), std::vector<std::uint8_t>(bytes + 2 * kGuard, kFill));
+  }
+
+  void* data() const { return buffer_.as<std::uint8_t>() + kGuard; }
+  std::size_t bytes() const { return bytes_; }
+  TensorView view(DType dtype, Shape shape) const { return {data(), dtype, shape, ctx_.device()}; }
+
+  template <class T>
+  std::vector<T> values() const {
+    return download<T>(ctx_, data(), bytes_ / sizeof(T));
+  }
+
+  /// Whether nothing was written before or behind the buffer.
+  bool intact() const {
+    const auto all = download<std::uint8_t>(ctx_, buffer_.data(), bytes_ + 2 * kGuard);
+    const auto is_fill = [](std::uint8_t byte) { return byte == kFill; };
+    return std::all_of(all.begin(), all.begin() + kGuard, is_fill) &&
+           std::all_of(all.end() - kGuard, all.end(), is_fill);
+  }
+
+ private:
+  Context ctx_;
+  std::size_t bytes_;
+  Buffer buffer_;
+};
+
+}  // namespace octet::test
