@@ -7,6 +7,9 @@ if(CMAKE_SCRIPT_MODE_FILE)
     execute_process(COMMAND ${GIT} -C ${SOURCE_DIR} describe --always --dirty --abbrev=12 --exclude=*
       OUTPUT_VARIABLE OCTET_COMMIT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   endif()
+  if(OCTET_COMMIT STREQUAL "")  # sources without their history: whoever copied them can say
+    set(OCTET_COMMIT "$ENV{OCTET_COMMIT}")
+  endif()
   if(OCTET_COMMIT STREQUAL "")
     set(OCTET_COMMIT unknown)
   endif()

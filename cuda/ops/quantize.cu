@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
        i += threads) {
-    out[i] = Out::encode(In::decode(in[i]) * scale_inv);
+    out[i] = Out::encode(unscaled(In::decode(in[i]), scale_inv));
   }
 }
 

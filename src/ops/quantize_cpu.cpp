@@ -98,7 +98,7 @@ void convert(const Context&, const ScaledView& in, const TensorView& out) {
       auto* to = out.as<typename Out::Storage>();
 #pragma omp parallel for if (count > 65536)
       for (std::int64_t i = 0; i < count; ++i) {
-        to[i] = Out::encode(In::decode(from[i]) * scale_inv);
+        to[i] = Out::encode(unscaled(In::decode(from[i]), scale_inv));
       }
     });
   });

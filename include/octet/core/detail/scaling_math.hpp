@@ -24,6 +24,12 @@ OCTET_HD inline float inverse_of_power_of_two(float scale) {
   return bits_float((254u << 23) - float_bits(scale));
 }
 
+/// value * scale_inv with one bit pattern for NaN, in which processors differ.
+OCTET_HD inline float unscaled(float value, float scale_inv) {
+  const float result = value * scale_inv;
+  return magnitude_bits(result) > 0x7F800000u ? bits_float(0x7FFFFFFFu) : result;
+}
+
 /// Largest decoded value that a cast with this scale can have stored: decode(encode(amax)).
 /// Monotone rounding makes it the magnitude of the largest code. NaN and infinity pass through, so
 /// that a non-finite tensor stays visible to whoever reads its amax.

@@ -45,9 +45,10 @@ OCTET_HD void measure_clip(AdamwScalars& s, float max_norm, SumSquares sum_squar
   }
 }
 
-/// Whether the gradients alone forbid the step.
+/// Whether the gradients or the learning rate forbid the step.
 OCTET_HD inline bool must_skip(const AdamwScalars& s, const std::uint32_t* nonfinite) {
-  return (nonfinite != nullptr && *nonfinite != 0) || !is_finite_bits(magnitude_bits(s.norm));
+  return (nonfinite != nullptr && *nonfinite != 0) || !is_finite_bits(magnitude_bits(s.norm)) ||
+         !is_finite_bits(magnitude_bits(s.lr));
 }
 
 /// Records the decision and gets the flag ready for the next step.
