@@ -128,6 +128,7 @@ class RankTrainer {
     for (std::int64_t row = rank_ * rows; row < total; row += options_.batch) {
       model_.forward(upload(data_.validation_windows(row, rows, total)), losses_.as<float>());
       const float loss = octet::read_sync<float>(ctx_, losses_.as<float>(), 1).front();
+      in_flight_.clear();
       report.validation_loss +=
           static_cast<double>(loss) * static_cast<double>(rows) / static_cast<double>(total);
     }

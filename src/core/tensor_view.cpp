@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "octet/core/tensor_view.hpp"
 
+#include <ostream>
+
 namespace octet {
 
 std::string to_string(Device device) {
@@ -12,5 +14,8 @@ std::string to_string(const Shape& shape) {
   for (int i = 0; i < shape.rank(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
+
+std::ostream& operator<<(std::ostream& out, Device device) { return out << to_string(device); }
+std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << to_string(shape); }
 
 }  // namespace octet

@@ -12,24 +12,28 @@ namespace octet {
 Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& config)
     : impl_(std::make_unique<Impl>(ctx, comm, config)) {
   require(comm.context().state() == ctx.state(),
-          "Engine: the communicator belongs to another context (",
-          to_string(comm.context().device()), ") than the engine (", to_string(ctx.device()), ")");
+          "Engine: the communicator belongs to another context (", comm.context().device(),
+          ") than the engine (", ctx.device(), ")");
   require(config.bucket_elements > 0, "Engine: bucket_elements is ", config.bucket_elements,
           "; it must be positive");
   require(config.fp8_min_elements >= 0, "Engine: fp8_min_elements is ", config.fp8_min_elements,
           "; it must not be negative");
+  check_adamw(config.adamw);
   impl_->plan.level = config.level;
   impl_->plan.sharding = config.sharding.value_or(sharding_of(config.level));
   impl_->plan.formats = config.formats.value_or(formats_of(config.level));
+  const DType gradient = impl_->plan.formats.gradient;
+  require(gradient == DType::e4m3 || gradient == DType::bf16 || gradient == DType::f32,
+          "Engine: formats.gradient is ", name_of(gradient), "; allowed are e4m3, bf16, f32");
+  check_formats("Engine: formats", impl_->plan.formats.state, config.adamw);
 }
 
 Engine::~Engine() = default;
 
 ParamId Engine::add(const ParamSpec& spec) {
   Impl& e = *impl_;
-  require(!e.frozen, "Engine::add(\"", spec.name, "\") after freeze()");
-  require(!spec.name.empty(), "Engine::add: a parameter of shape ", to_string(spec.shape),
-          " has no name");
+  require(!e.frozen && !e.failed, "Engine::add(\"", spec.name, "\") after freeze()");
+  require(!spec.name.empty(), "Engine::add: a parameter of shape ", spec.shape, " has no name");
   for (const Impl::Param& other : e.params) {
     require(other.spec.name != spec.name, "Engine::add: a parameter named \"", spec.name,
             "\" is registered already");
@@ -37,13 +41,15 @@ ParamId Engine::add(const ParamSpec& spec) {
   require(spec.shape.rank() > 0, "parameter \"", spec.name, "\" has no shape");
   require(!spec.init.empty() || spec.shape.numel() == 0, "parameter \"", spec.name,
           "\" has no initial values");
-  require(spec.init.shape == spec.shape, "parameter \"", spec.name, "\" has shape ",
-          to_string(spec.shape), " but its initial values have ", to_string(spec.init.shape));
+  require(spec.init.shape == spec.shape, "parameter \"", spec.name, "\" has shape ", spec.shape,
+          " but its initial values have ", spec.init.shape);
   require(!is_fp8(spec.init.dtype), "parameter \"", spec.name, "\" has initial values in ",
           name_of(spec.init.dtype), "; allowed are f32, bf16, f16");
   require(spec.init.device == e.ctx.device(), "parameter \"", spec.name,
-          "\" has initial values on ", to_string(spec.init.device), "; the engine is on ",
-          to_string(e.ctx.device()));
+          "\" has initial values on ", spec.init.device, "; the engine is on ", e.ctx.device());
+  const float decay = spec.weight_decay.value_or(0.0f);
+  require(decay >= 0.0f && std::isfinite(decay), "parameter \"", spec.name, "\": weight_decay is ",
+          decay, "; it must be finite and not negative");
   Impl::Param param;
   param.spec = spec;
   param.managed =
@@ -56,13 +62,11 @@ ParamId Engine::add(const ParamSpec& spec) {
 void Engine::freeze() {
   Impl& e = *impl_;
   require(!e.frozen, "Engine::freeze() was called already");
+  require(!e.failed, "Engine::freeze() failed before; make a new engine");
   e.check_lists_agree();
-  e.make_buckets();
-  e.allocate_parameters();
-  e.allocate_optimizer();
-  e.allocate_communication();
-  e.initialise();
-  e.describe();
+  e.failed = true;  // until everything stands, on every rank
+  e.build();
+  e.failed = false;
   e.frozen = true;
 }
 
@@ -83,11 +87,11 @@ void Engine::add_gradient(ParamId id, const TensorView& gradient) {
   e.require_frozen("add_gradient");
   Impl::Param& p = e.param(id, "add_gradient");
   require(gradient.shape == p.spec.shape, "parameter \"", p.spec.name, "\" has shape ",
-          to_string(p.spec.shape), " but its gradient has ", to_string(gradient.shape));
+          p.spec.shape, " but its gradient has ", gradient.shape);
   require(!is_fp8(gradient.dtype), "parameter \"", p.spec.name, "\": the gradient is ",
           name_of(gradient.dtype), "; allowed are f32, bf16, f16");
   require(gradient.device == e.ctx.device(), "parameter \"", p.spec.name, "\": the gradient is on ",
-          to_string(gradient.device), ", the engine on ", to_string(e.ctx.device()));
+          gradient.device, ", the engine on ", e.ctx.device());
   require(!gradient.empty() || gradient.numel() == 0, "parameter \"", p.spec.name,
           "\": the gradient has a null pointer");
   require(!p.has_gradient, "parameter \"", p.spec.name,

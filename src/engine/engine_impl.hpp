@@ -34,6 +34,7 @@ struct Engine::Impl {
 
   // set-up, in the order of freeze()
   void check_lists_agree();
+  void build();
   void make_buckets();
   void allocate_parameters();
   void allocate_optimizer();
@@ -58,6 +59,7 @@ struct Engine::Impl {
   EngineConfig config;
   std::vector<Param> params;
   bool frozen = false;
+  bool failed = false;  ///< freeze() began and did not end well
 
   std::vector<Bucket> buckets;
   /// The non-finite flag, kept as the amax of a TensorScale so that it is shared like one.

@@ -34,6 +34,25 @@ std::vector<float> read_amax_sync(const Context& ctx, const TensorScale* scales,
 
 }  // namespace
 
+// A rank that cannot go on must not leave the others waiting for it in their first step.
+void Engine::Impl::build() {
+  std::string problem;
+  try {
+    make_buckets();
+    allocate_parameters();
+    allocate_optimizer();
+    allocate_communication();
+    initialise();
+    describe();
+  } catch (const std::exception& error) {
+    problem = error.what();
+  }
+  const std::vector<std::string> problems = all_gather_text_sync(comm, problem);
+  for (std::size_t r = 0; r < problems.size(); ++r) {
+    require(problems[r].empty(), "Engine::freeze: rank ", r, ": ", problems[r]);
+  }
+}
+
 void Engine::Impl::check_lists_agree() {
   Buffer scales(ctx, params.size() * sizeof(TensorScale));
   for (std::size_t i = 0; i < params.size(); ++i) {
@@ -42,6 +61,7 @@ void Engine::Impl::check_lists_agree() {
   const std::vector<float> amax =
       read_amax_sync(ctx, scales.as<const TensorScale>(), params.size());
   std::ostringstream list;
+  list.precision(9);  // every float apart from every other
   list << "configuration: level " << name_of(plan.level) << ", sharding " << name_of(plan.sharding)
        << ", " << describe_formats(plan.formats) << ", bucket_elements " << config.bucket_elements
        << ", beta1 " << config.adamw.beta1 << ", beta2 " << config.adamw.beta2 << ", eps "

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ostream>
+
 #include "backend.hpp"
 #include "octet/gemm/gemm.hpp"
 #include "octet/runtime/tensor.hpp"
@@ -11,9 +13,9 @@ namespace {
 constexpr std::uintptr_t kAlignment = 16;
 
 void check_pointer(const GemmProblem& problem, const char* name, const void* pointer) {
-  require(pointer != nullptr, to_string(problem), ": ", name, " is null");
-  require(reinterpret_cast<std::uintptr_t>(pointer) % kAlignment == 0, to_string(problem), ": ",
-          name, " is at ", pointer, "; it must be aligned to ", kAlignment, " bytes");
+  require(pointer != nullptr, problem, ": ", name, " is null");
+  require(reinterpret_cast<std::uintptr_t>(pointer) % kAlignment == 0, problem, ": ", name,
+          " is at ", pointer, "; it must be aligned to ", kAlignment, " bytes");
 }
 
 void check_scale(const GemmProblem& problem, const char* name, DType dtype, const float* scale) {
@@ -21,7 +23,7 @@ void check_scale(const GemmProblem& problem, const char* name, DType dtype, cons
 }
 
 void check(const GemmProblem& problem, const GemmArgs& args) {
-  require(problem.m >= 0 && problem.n >= 0 && problem.k >= 0, to_string(problem),
+  require(problem.m >= 0 && problem.n >= 0 && problem.k >= 0, problem,
           ": m, n and k must not be negative");
   if (problem.m == 0 || problem.n == 0) return;
   check_pointer(problem, "d", args.d);
@@ -46,6 +48,10 @@ std::string to_string(const GemmProblem& p) {
        << (p.a_transposed ? "^T" : "") << " b=" << name_of(p.b) << (p.b_transposed ? "^T" : "")
        << " d=" << name_of(p.d) << (p.fast_accumulation ? " fast" : "");
   return text.str();
+}
+
+std::ostream& operator<<(std::ostream& out, const GemmProblem& problem) {
+  return out << to_string(problem);
 }
 
 std::size_t GemmProblemHash::operator()(const GemmProblem& p) const {
@@ -100,8 +106,7 @@ void GemmRegistry::run(const GemmProblem& problem, const GemmArgs& args) {
   auto chosen = chosen_.find(problem);
   if (chosen == chosen_.end()) {
     const Choice choice = choose(problem);
-    require(choice.backend != nullptr, to_string(problem), ": no backend can run it\n",
-            choice.report);
+    require(choice.backend != nullptr, problem, ": no backend can run it\n", choice.report);
     chosen = chosen_.emplace(problem, choice.backend).first;
   }
   chosen->second->run(ctx_, problem, args);

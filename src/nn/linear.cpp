@@ -83,24 +83,22 @@ void Linear::check_backends() const {
        .b_transposed = transposes}};
   for (const GemmProblem& problem : problems) {
     const GemmRegistry::Choice choice = gemms_.choose(problem);
-    require(choice.backend != nullptr, "Linear: no backend can run ", to_string(problem), "\n",
-            choice.report);
+    require(choice.backend != nullptr, "Linear: no backend can run ", problem, "\n", choice.report);
   }
 }
 
 void Linear::check(const char* what, const TensorView& view, std::int64_t rows,
                    std::int64_t columns, DType allowed, DType also_allowed) const {
   const Shape shape{rows, columns};
-  require(view.shape == shape, "Linear: ", what, " has shape ", to_string(view.shape),
-          "; it must be ", to_string(shape));
+  require(view.shape == shape, "Linear: ", what, " has shape ", view.shape, "; it must be ", shape);
   require(view.dtype == allowed || view.dtype == also_allowed, "Linear: ", what, " is ",
-          name_of(view.dtype), "; ", name_of(allowed),
-          allowed == also_allowed ? "" : " and " + std::string(name_of(also_allowed)),
+          name_of(view.dtype), "; ", name_of(allowed), allowed == also_allowed ? "" : " and ",
+          allowed == also_allowed ? "" : name_of(also_allowed),
           allowed == also_allowed ? " is" : " are", " allowed");
   const Device device = gemms_.context().device();
-  require(view.device == device, "Linear: ", what, " is on ", to_string(view.device),
-          "; it must be on ", to_string(device));
-  require(!view.empty() || view.numel() == 0, "Linear: ", what, " of shape ", to_string(shape),
+  require(view.device == device, "Linear: ", what, " is on ", view.device, "; it must be on ",
+          device);
+  require(!view.empty() || view.numel() == 0, "Linear: ", what, " of shape ", shape,
           " has no memory");
 }
 

@@ -24,8 +24,8 @@ void adamw_initialise(const Context& ctx, const AdamwInit& init) {
           "; allowed are f32, bf16, f16");
   require(values.numel() == 0 || values.data != nullptr,
           "adamw_initialise: the values have a null pointer");
-  require(values.device == ctx.device(), "adamw_initialise: the values are on ",
-          to_string(values.device), " but the context is on ", to_string(ctx.device()));
+  require(values.device == ctx.device(), "adamw_initialise: the values are on ", values.device,
+          " but the context is on ", ctx.device());
   for (std::int64_t p = 0; p < init.piece_count; ++p) {
     const Piece& piece = init.pieces[p];
     require(piece.begin >= 0 && piece.count >= 0 && piece.begin + piece.count <= values.numel(),

@@ -9,19 +9,17 @@ namespace {
 bool is_wide(DType dtype) { return !is_fp8(dtype); }
 
 void check_device(const Context& ctx, const TensorView& view, const char* op, const char* what) {
-  require(view.device == ctx.device(), op, ": ", what, " is on ", to_string(view.device),
-          " but the context is on ", to_string(ctx.device()));
-  require(view.data != nullptr || view.numel() == 0, op, ": ", what, " of shape ",
-          to_string(view.shape), " has a null pointer");
+  require(view.device == ctx.device(), op, ": ", what, " is on ", view.device,
+          " but the context is on ", ctx.device());
+  require(view.data != nullptr || view.numel() == 0, op, ": ", what, " of shape ", view.shape,
+          " has a null pointer");
 }
 
 void check_transposed(const TensorView& in, const TensorView& out, const char* op) {
-  require(in.shape.rank() == 2, op, ": a transposed copy needs a matrix, not shape ",
-          to_string(in.shape));
+  require(in.shape.rank() == 2, op, ": a transposed copy needs a matrix, not shape ", in.shape);
   const Shape expected{in.shape[1], padded_rows(in.shape[0])};
-  require(out.shape == expected, op, ": the transposed copy of ", to_string(in.shape),
-          " has shape ", to_string(out.shape), "; it must be ", to_string(expected),
-          " (rows padded to a multiple of 16)");
+  require(out.shape == expected, op, ": the transposed copy of ", in.shape, " has shape ",
+          out.shape, "; it must be ", expected, " (rows padded to a multiple of 16)");
 }
 
 }  // namespace
@@ -38,8 +36,8 @@ void quantize(const Context& ctx, const QuantizeArgs& args) {
           "quantize: neither an output nor a transposed output is given");
   if (!out.empty()) {
     check_device(ctx, out, "quantize", "the output");
-    require(out.shape == args.in.shape, "quantize: the output has shape ", to_string(out.shape),
-            ", the input ", to_string(args.in.shape));
+    require(out.shape == args.in.shape, "quantize: the output has shape ", out.shape,
+            ", the input ", args.in.shape);
   }
   if (!args.transposed.empty()) {
     check_device(ctx, args.transposed, "quantize", "the transposed output");
@@ -55,8 +53,8 @@ void convert(const Context& ctx, const ScaledView& in, const TensorView& out) {
   check_device(ctx, out, "convert", "the output");
   require(is_wide(out.dtype), "convert: the output is ", name_of(out.dtype),
           "; allowed are f32, bf16, f16 (quantize() writes FP8)");
-  require(in.data.shape == out.shape, "convert: the input has shape ", to_string(in.data.shape),
-          ", the output ", to_string(out.shape));
+  require(in.data.shape == out.shape, "convert: the input has shape ", in.data.shape,
+          ", the output ", out.shape);
   if (in.data.numel() != 0) detail::backend_of(ctx).convert(ctx, in, out);
 }
 

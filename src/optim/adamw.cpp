@@ -7,39 +7,8 @@
 namespace octet {
 namespace {
 
-void check_config(const AdamWConfig& config) {
-  require(config.beta1 >= 0.0f && config.beta1 < 1.0f, "AdamW: beta1 is ", config.beta1,
-          "; it must be in [0, 1)");
-  require(config.beta2 >= 0.0f && config.beta2 < 1.0f, "AdamW: beta2 is ", config.beta2,
-          "; it must be in [0, 1)");
-  require(config.eps > 0.0f && std::isfinite(config.eps), "AdamW: eps is ", config.eps,
-          "; it must be positive");
-}
-
 bool is_quantised(const StateFormats& f) {
   return f.m != DType::f32 || f.v != DType::f32 || f.master != DType::f32 || is_fp8(f.weight);
-}
-
-void check_formats(const AdamWParam& param, const AdamWConfig& config) {
-  const StateFormats& f = param.formats;
-  auto check = [&](const char* field, DType dtype, std::initializer_list<DType> allowed) {
-    if (std::find(allowed.begin(), allowed.end(), dtype) != allowed.end()) return;
-    std::string names;
-    for (DType d : allowed) names += (names.empty() ? "" : ", ") + std::string(name_of(d));
-    fail("parameter \"", param.name, "\": ", field, " is ", name_of(dtype), "; allowed are ",
-         names);
-  };
-  check("weight", f.weight, {DType::f32, DType::bf16, DType::e4m3});
-  check("master", f.master, {DType::f32, DType::f16});
-  check("m", f.m, {DType::f32, DType::e4m3});
-  check("v", f.v, {DType::f32, DType::f16});
-  check("gradient", param.gradient.dtype, {DType::f32, DType::bf16, DType::e4m3});
-  require(f.weight != DType::f32 || f.master == DType::f32, "parameter \"", param.name,
-          "\": weight is f32, which is its own master, but master is ", name_of(f.master));
-  require(!is_quantised(f) || config.beta1 * config.beta1 < config.beta2, "parameter \"",
-          param.name, "\": beta1 ", config.beta1, " and beta2 ", config.beta2,
-          " do not bound the update (beta1^2 >= beta2), which quantised states need; use a larger "
-          "beta2 or FP32 formats");
 }
 
 std::int64_t numel_of(const std::vector<Piece>& pieces) {
@@ -48,11 +17,15 @@ std::int64_t numel_of(const std::vector<Piece>& pieces) {
   return count;
 }
 
+void check_decay(const std::string& what, float weight_decay) {
+  require(weight_decay >= 0.0f && std::isfinite(weight_decay), what, ": weight_decay is ",
+          weight_decay, "; it must be finite and not negative");
+}
+
 void check_views(const AdamWParam& param, std::int64_t owned) {
   require(param.weight.shape == param.shape && param.weight.dtype == param.formats.weight,
           "parameter \"", param.name, "\": the weight is ", name_of(param.weight.dtype), " ",
-          to_string(param.weight.shape), "; it must be ", name_of(param.formats.weight), " ",
-          to_string(param.shape));
+          param.weight.shape, "; it must be ", name_of(param.formats.weight), " ", param.shape);
   const std::int64_t expected = param.gradient_is_shard ? owned : param.shape.numel();
   require(param.gradient.numel() == expected, "parameter \"", param.name, "\": the gradient has ",
           param.gradient.numel(), " elements; it must have ", expected);
@@ -60,16 +33,50 @@ void check_views(const AdamWParam& param, std::int64_t owned) {
           "\": the gradient has no scale");
 }
 
+void check_field(const std::string& what, const char* field, DType dtype,
+                 std::initializer_list<DType> allowed) {
+  if (std::find(allowed.begin(), allowed.end(), dtype) != allowed.end()) return;
+  std::string names;
+  for (DType d : allowed) names += (names.empty() ? "" : ", ") + std::string(name_of(d));
+  fail(what, ": ", field, " is ", name_of(dtype), "; allowed are ", names);
+}
+
 }  // namespace
+
+void check_adamw(const AdamWConfig& config) {
+  require(config.beta1 >= 0.0f && config.beta1 < 1.0f, "AdamW: beta1 is ", config.beta1,
+          "; it must be in [0, 1)");
+  require(config.beta2 >= 0.0f && config.beta2 < 1.0f, "AdamW: beta2 is ", config.beta2,
+          "; it must be in [0, 1)");
+  require(config.eps > 0.0f && std::isfinite(config.eps), "AdamW: eps is ", config.eps,
+          "; it must be positive");
+  check_decay("AdamW", config.weight_decay);
+}
+
+void check_formats(const std::string& what, const StateFormats& f, const AdamWConfig& config) {
+  check_field(what, "weight", f.weight, {DType::f32, DType::bf16, DType::e4m3});
+  check_field(what, "master", f.master, {DType::f32, DType::f16});
+  check_field(what, "m", f.m, {DType::f32, DType::e4m3});
+  check_field(what, "v", f.v, {DType::f32, DType::f16});
+  require(f.weight != DType::f32 || f.master == DType::f32, what,
+          ": weight is f32, which is its own master, but master is ", name_of(f.master));
+  require(!is_quantised(f) || config.beta1 * config.beta1 < config.beta2, what, ": beta1 ",
+          config.beta1, " and beta2 ", config.beta2,
+          " do not bound the update (beta1^2 >= beta2), which quantised states need; use a larger "
+          "beta2 or FP32 formats");
+}
 
 AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWParam> params)
     : ctx_(ctx), config_(config), params_(std::move(params)) {
-  check_config(config_);
+  check_adamw(config_);
   std::vector<Shape> shapes;
   std::vector<Piece> owned;
   for (std::size_t i = 0; i < params_.size(); ++i) {
     AdamWParam& param = params_[i];
-    check_formats(param, config_);
+    const std::string what = "parameter \"" + param.name + "\"";
+    check_formats(what, param.formats, config_);
+    check_field(what, "gradient", param.gradient.dtype, {DType::f32, DType::bf16, DType::e4m3});
+    check_decay(what, param.weight_decay);
     if (param.whole) param.pieces = {{0, 0, param.shape.numel()}};
     for (Piece& piece : param.pieces) piece.tensor = static_cast<std::int32_t>(i);
     check_views(param, numel_of(param.pieces));

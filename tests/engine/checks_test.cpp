@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an engine refuses: by name, before anything has changed, on every rank.
 #include <algorithm>
+#include <array>
+#include <limits>
+#include <new>
+#include <thread>
 
 #include "support/catch.hpp"
 #include "support/compare.hpp"
@@ -53,6 +57,65 @@ ParamSpec made(const Context& ctx, std::vector<Tensor>& keep, const std::string&
 }
 
 }  // namespace
+
+/// Memory up to a limit, then none.
+struct Limited {
+  std::size_t left = 0;
+  static void* allocate(std::size_t bytes, CUstream_st*, void* user) {
+    auto& self = *static_cast<Limited*>(user);
+    if (bytes > self.left) return nullptr;
+    self.left -= bytes;
+    return ::operator new (bytes, std::align_val_t{256});
+  }
+  static void deallocate(void* data, std::size_t bytes, CUstream_st*, void* user) {
+    static_cast<Limited*>(user)->left += bytes;
+    ::operator delete (data, std::align_val_t{256});
+  }
+};
+
+TEST_CASE("a rank without memory ends freeze on every rank, and the engine is spent") {
+  ThreadGroup group(2, std::chrono::seconds(30));
+  std::array<std::string, 2> first, second, added;
+  std::vector<std::thread> ranks;
+  for (int rank = 0; rank < 2; ++rank) {
+    ranks.emplace_back([&, rank] {
+      const auto at = static_cast<std::size_t>(rank);
+      // 16 KiB of initial values, 16 KiB of weight and gradient, then 48 KiB of states.
+      Limited memory{rank == 1 ? std::size_t{50} << 10 : std::size_t{1} << 20};
+      const Context ctx = Context::cpu({Limited::allocate, Limited::deallocate, &memory});
+      const auto comm = group.join(rank, ctx);
+      const Tensor init(ctx, DType::f32, {64, 64});
+      write(ctx, init.view().data, normal_values(4096, 1, 0.02f));
+      Engine engine(ctx, *comm, {.level = Level::O0});
+      engine.add({.name = "w", .shape = {64, 64}, .init = init});
+      first[at] = error_of([&] { engine.freeze(); });
+      second[at] = error_of([&] { engine.freeze(); });
+      added[at] = error_of([&] { engine.add({.name = "v", .shape = {64, 64}, .init = init}); });
+    });
+  }
+  for (std::thread& rank : ranks) rank.join();
+  for (std::size_t rank = 0; rank < 2; ++rank) {
+    CHECK(missing(first[rank], {"rank 1", "out of memory"}) == "");
+    CHECK(missing(second[rank], {"failed before"}) == "");
+    CHECK(missing(added[rank], {"after freeze"}) == "");
+  }
+}
+
+TEST_CASE("hyper-parameters that no step could use are refused at once") {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (float bad : {nan, -0.1f, std::numeric_limits<float>::infinity()}) {
+    CHECK(missing(error_of([&] { Small s({.adamw = {.weight_decay = bad}}); }), {"weight_decay"}) ==
+          "");
+    Small s;
+    ParamSpec spec = s.spec("v");
+    spec.weight_decay = bad;
+    CHECK(missing(error_of([&] { s.engine.add(spec); }), {"\"v\"", "weight_decay"}) == "");
+  }
+  CHECK(missing(error_of([&] { Small s({.adamw = {.eps = 0.0f}}); }), {"eps", "0"}) == "");
+  CHECK(missing(error_of([&] { Small s({.adamw = {.beta1 = 0.99f}}); }), {"beta1", "0.99"}) == "");
+  const Formats formats{.gradient = DType::f16, .state = {}};
+  CHECK(missing(error_of([&] { Small s({.formats = formats}); }), {"gradient", "f16"}) == "");
+}
 
 TEST_CASE("parameters that cannot be added are refused by name") {
   Small s;
@@ -148,13 +211,13 @@ TEST_CASE("configurations that cannot work are refused by field") {
   CHECK(missing(freeze_error({.fp8_min_elements = -1}), {"fp8_min_elements", "-1"}) == "");
   CHECK(missing(freeze_error({.adamw = {.eps = 0.0f}}), {"eps"}) == "");
   CHECK(missing(freeze_error({.adamw = {.beta1 = 0.9f, .beta2 = 0.5f}}),
-                {"\"w\"", "beta1", "beta2"}) == "");
+                {"formats", "beta1", "beta2"}) == "");
   Formats formats = formats_of(Level::O2);
   formats.state.v = DType::e4m3;
-  CHECK(missing(freeze_error({.formats = formats}), {"\"w\"", "v ", "e4m3"}) == "");
+  CHECK(missing(freeze_error({.formats = formats}), {"formats", "v ", "e4m3"}) == "");
   formats = formats_of(Level::O2);
   formats.gradient = DType::e5m2;
-  CHECK(missing(freeze_error({.formats = formats}), {"\"w\"", "gradient", "e5m2"}) == "");
+  CHECK(missing(freeze_error({.formats = formats}), {"formats", "gradient", "e5m2"}) == "");
   CHECK(missing(error_of([] { parse_level("O4"); }), {"O4", "O0", "O3"}) == "");
   CHECK(missing(error_of([] { parse_level(""); }), {"O0"}) == "");
   CHECK(parse_level("O1") == Level::O1);

@@ -28,7 +28,8 @@ template <class... Parts>
   throw Error(text.str());
 }
 
-/// fail(parts...) unless the condition holds.
+/// fail(parts...) unless the condition holds. Text is made only then: pass the objects themselves
+/// (a Shape, a Device, a GemmProblem), not their to_string().
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);

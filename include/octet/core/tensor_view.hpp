@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <iosfwd>
 #include <string>
 
 #include "octet/core/dtype.hpp"
@@ -22,6 +23,7 @@ struct Device {
 
 /// "cpu" or "cuda:0".
 std::string to_string(Device device);
+std::ostream& operator<<(std::ostream& out, Device device);
 
 /// Up to four dimensions, row-major. Counts are 64-bit.
 class Shape {
@@ -60,6 +62,7 @@ class Shape {
 
 /// "[768, 3072]".
 std::string to_string(const Shape& shape);
+std::ostream& operator<<(std::ostream& out, const Shape& shape);
 
 /// Contiguous row-major memory with a type; owns nothing.
 struct TensorView {

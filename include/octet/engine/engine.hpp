@@ -30,8 +30,8 @@ struct EngineConfig {
 struct ParamSpec {
   std::string name = {};
   Shape shape = {};
-  /// Initial values, f32, bf16 or f16, on the engine's device; read by freeze(), so it must stay
-  /// valid until then.
+  /// Initial values, f32, bf16 or f16, on the engine's device, the same on every rank (freeze()
+  /// compares their amax); read by freeze(), so they must stay valid until then.
   TensorView init = {};
   /// False keeps the parameter out of FP8 whatever its size.
   bool fp8 = true;
@@ -75,7 +75,8 @@ class Engine {
   ParamId add(const ParamSpec& spec);
 
   /// Allocates, checks that all ranks registered the same list (throws on every rank, naming the
-  /// first difference) and builds the plan. Waits for the stream.
+  /// first difference) and builds the plan. Waits for the stream. When one rank cannot allocate
+  /// what it needs, every rank throws; the engine is then of no further use.
   void freeze();
 
   /// The compute weight: e4m3 with scale (FP8-managed at O1 to O3), bf16 (O0) or f32. The pointer

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iosfwd>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -36,6 +37,7 @@ struct GemmProblemHash {
 
 /// "gemm m=4 n=8 k=16 a=e4m3 b=e5m2^T d=f32".
 std::string to_string(const GemmProblem& problem);
+std::ostream& operator<<(std::ostream& out, const GemmProblem& problem);
 
 /// Pointers of one call, in device memory, all aligned to 16 bytes, scales too. k = 0 gives zeros.
 struct GemmArgs {

@@ -23,8 +23,10 @@ struct LinearConfig {
 
 /// y[T, N] = x[T, K] * w[N, K]^T and its gradients, without bias. The weight belongs to the caller
 /// (an Engine's compute weight, say). Keeps the cast activation between forward and backward.
-/// Scratch comes from the context's workspace, reserved by the constructor; calls allocate nothing
-/// and do not synchronise. Sources: FP8-LM (arXiv 2310.18313) for the formats; current scaling.
+/// Scratch comes from the context's workspace, reserved by the constructor; calls take no device
+/// memory and do not synchronise. The first call for a token count makes the GEMMs' plans on the
+/// host, so a graph is captured after one ordinary call. Sources: FP8-LM (arXiv 2310.18313) for the
+/// formats; current scaling.
 class Linear {
  public:
   /// The registry must outlive it. Throws if no backend can run its GEMMs on the context's device.

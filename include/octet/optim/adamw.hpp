@@ -20,6 +20,13 @@ struct StateFormats {
   bool operator==(const StateFormats&) const = default;
 };
 
+/// Throws octet::Error naming the field for betas outside [0, 1), eps <= 0, and a weight decay that
+/// is negative or not finite.
+void check_adamw(const AdamWConfig& config);
+/// Throws octet::Error, beginning with `what`, for formats that do not exist or that these
+/// hyper-parameters do not bound (beta1^2 >= beta2 with quantised states).
+void check_formats(const std::string& what, const StateFormats& formats, const AdamWConfig& config);
+
 struct AdamWParam {
   std::string name = {};
   Shape shape = {};

@@ -17,8 +17,9 @@ struct ContextState;
 
 /// Device, stream, allocator and workspace of one rank. A handle: copies share the same state,
 /// which lives until the last copy and the last Tensor made from it are gone. One thread at a time.
-/// The stream is the caller's and is never synchronised except by functions named *_sync and by
-/// synchronize().
+/// The stream is the caller's. It is synchronised by synchronize(), by functions named *_sync and
+/// by set-up that uploads tables or frees memory (constructors, Engine::freeze()), never by a call
+/// of the hot path.
 class Context {
  public:
   /// The calling thread and its OpenMP team do the work, before each call returns.
@@ -36,7 +37,8 @@ class Context {
   /// Waits until everything enqueued so far is done; throws what an earlier kernel failed with.
   void synchronize() const;
 
-  /// Grows the workspace to at least `bytes`; for set-up, not for the hot path. Throws while a
+  /// Grows the workspace to at least `bytes`; for set-up, not for the hot path, and before a CUDA
+  /// graph is captured, because growing moves it. Throws while a
   /// WorkspaceScope is open.
   void reserve_workspace(std::size_t bytes);
   std::size_t workspace_bytes() const;
