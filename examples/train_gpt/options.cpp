@@ -36,7 +36,7 @@ struct Defaults {
   float lr;
 };
 constexpr Defaults kCpuDefaults{
-    .model = {.layers = 2, .width = 128, .heads = 4, .context = 64}, .batch = 16, .lr = 3e-3f};
+    .model = {.layers = 2, .width = 128, .heads = 4, .context = 64}, .batch = 16, .lr = 2e-3f};
 constexpr Defaults kCudaDefaults{
     .model = {.layers = 8, .width = 512, .heads = 8, .context = 256}, .batch = 32, .lr = 1e-3f};
 
@@ -56,7 +56,7 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--heads", a.heads, "Attention heads (default: 4; on CUDA 8)");
   app.add_option("--context", a.context, "Bytes of context (default: 64; on CUDA 256)");
   app.add_option("--batch", a.batch, "Rows of the global batch (default: 16; on CUDA 32)");
-  app.add_option("--lr", a.lr, "Peak learning rate (default: 3e-3; on CUDA 1e-3)");
+  app.add_option("--lr", a.lr, "Peak learning rate (default: 2e-3; on CUDA 1e-3)");
   app.add_option("--seed", a.seed, "Seed of weights, batches and rounding (default: 1)");
   app.add_option("--log-every", a.log_every,
                  "Steps between progress lines in a file (default: 20)");
