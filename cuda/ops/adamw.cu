@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(AdamwArgs args
   if (threadIdx.x == 0) {
     s = *args.scalars;
     begin_step(s, args.config, args.lr_device != nullptr ? *args.lr_device : args.lr);
-    measure_clip(s, args.max_norm, [&] { return sum; });
+    measure_clip(s, args.max_norm, args.config.maximize, [&] { return sum; });
   }
   __syncthreads();
   bool skip = must_skip(s, args.nonfinite);
@@ -74,36 +74,6 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(AdamwArgs args
   for (std::int64_t t = threadIdx.x; t < args.tensor_count; t += kPrepareThreads) {
     renew_scales(args.tensors[t], bounds_of(s, args.tensors[t]), args.scales[t]);
   }
-}
-
-__device__ void raise_amax(TensorScale* scale, std::uint32_t bits) {
-  block_atomic_max(bits, reinterpret_cast<std::uint32_t*>(&scale->amax));
-}
-
-__global__ void __launch_bounds__(kLanes) update_kernel(AdamwArgs args) {
-  if (args.scalars->skip != 0) return;
-  const AdamwScalars s = *args.scalars;
-  const Segment segment = args.segments[blockIdx.x];
-  const AdamwTensor tensor = args.tensors[segment.tensor];
-  const AdamwScales scales = args.scales[segment.tensor];
-  const float factor = weight_factor(s, tensor.weight_decay);
-  const std::uint64_t first = tensor.random_base + static_cast<std::uint64_t>(segment.begin);
-  AdamwAmax amax;
-  for (std::int64_t group = 4 * std::int64_t{threadIdx.x}; group < segment.count;
-       group += 4 * kLanes) {
-    const RandomWords words = philox(args.config.seed, static_cast<std::uint64_t>(s.step),
-                                     (first + static_cast<std::uint64_t>(group)) >> 2);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (group + i < segment.count) {
-        update_element(s, tensor, scales, segment, group + i, factor, words.word[i], amax);
-      }
-    }
-  }
-  raise_amax(tensor.m_scale, amax.m);
-  raise_amax(tensor.v_scale, amax.v);
-  raise_amax(tensor.master_scale, amax.master);
-  raise_amax(tensor.weight_scale, amax.weight);
 }
 
 __global__ void initialise_scales_kernel(AdamwTensor tensor) {
@@ -161,12 +131,6 @@ void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums) {
 void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
   set_device(ctx);
   prepare_kernel<<<1, kPrepareThreads, 0, ctx.stream()>>>(args);
-  OCTET_CUDA_CHECK(cudaGetLastError());
-}
-
-void adamw_update(const Context& ctx, const AdamwArgs& args) {
-  set_device(ctx);
-  update_kernel<<<static_cast<unsigned>(args.segment_count), kLanes, 0, ctx.stream()>>>(args);
   OCTET_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -22,9 +22,7 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   impl_->plan.level = config.level;
   impl_->plan.sharding = config.sharding.value_or(sharding_of(config.level));
   impl_->plan.formats = config.formats.value_or(formats_of(config.level));
-  const DType gradient = impl_->plan.formats.gradient;
-  require(gradient == DType::e4m3 || gradient == DType::bf16 || gradient == DType::f32,
-          "Engine: formats.gradient is ", name_of(gradient), "; allowed are e4m3, bf16, f32");
+  check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
   check_formats("Engine: formats", impl_->plan.formats.state, config.adamw);
 }
 

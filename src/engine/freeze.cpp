@@ -66,7 +66,9 @@ void Engine::Impl::check_lists_agree() {
        << ", " << describe_formats(plan.formats) << ", bucket_elements " << config.bucket_elements
        << ", beta1 " << config.adamw.beta1 << ", beta2 " << config.adamw.beta2 << ", eps "
        << config.adamw.eps << ", weight_decay " << config.adamw.weight_decay << ", seed "
-       << config.adamw.seed << "\n";
+       << config.adamw.seed << ", decoupled_weight_decay " << config.adamw.decoupled_weight_decay
+       << ", maximize " << config.adamw.maximize << ", stochastic_rounding "
+       << config.adamw.stochastic_rounding << "\n";
   for (std::size_t i = 0; i < params.size(); ++i) {
     const ParamSpec& spec = params[i].spec;
     list << "parameter " << i << ": \"" << spec.name << "\" " << to_string(spec.shape) << ", "

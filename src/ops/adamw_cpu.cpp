@@ -34,15 +34,17 @@ void update_segment(const AdamwArgs& args, const Segment& segment) {
   const AdamwScales& scales = args.scales[segment.tensor];
   const float factor = weight_factor(s, tensor.weight_decay);
   const std::uint64_t first = tensor.random_base + static_cast<std::uint64_t>(segment.begin);
-  AdamwAmax amax;
+  const AdamwOffsets at = offsets_of(tensor, segment);
+  AdamwAmax codes;
   for (std::int64_t group = 0; group < segment.count; group += 4) {
     const RandomWords words = philox(args.config.seed, static_cast<std::uint64_t>(s.step),
                                      (first + static_cast<std::uint64_t>(group)) >> 2);
     const std::int64_t end = std::min<std::int64_t>(group + 4, segment.count);
     for (std::int64_t i = group; i < end; ++i) {
-      update_element(s, tensor, scales, segment, i, factor, words.word[i - group], amax);
+      update_element(s, tensor, scales, at, i, factor, words.word[i - group], codes);
     }
   }
+  const AdamwAmax amax = decoded_amax(formats_of(tensor), scales, codes);
 #pragma omp critical(octet_adamw_amax)
   {
     raise_amax(*tensor.m_scale, amax.m);
@@ -81,7 +83,7 @@ void adamw_sum_squares(const Context&, const AdamwArgs& args, float* sums) {
 void adamw_prepare(const Context&, const AdamwArgs& args) {
   AdamwScalars& s = *args.scalars;
   begin_step(s, args.config, args.lr_device != nullptr ? *args.lr_device : args.lr);
-  measure_clip(s, args.max_norm, [&] {
+  measure_clip(s, args.max_norm, args.config.maximize, [&] {
     return pairwise_sum(args.total_segments,
                         [&](std::int64_t i) { return static_cast<double>(args.segment_sums[i]); });
   });

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 
 namespace octet {
 namespace {
@@ -34,7 +35,7 @@ void check_views(const AdamWParam& param, std::int64_t owned) {
 }
 
 void check_field(const std::string& what, const char* field, DType dtype,
-                 std::initializer_list<DType> allowed) {
+                 std::span<const DType> allowed) {
   if (std::find(allowed.begin(), allowed.end(), dtype) != allowed.end()) return;
   std::string names;
   for (DType d : allowed) names += (names.empty() ? "" : ", ") + std::string(name_of(d));
@@ -51,13 +52,20 @@ void check_adamw(const AdamWConfig& config) {
   require(config.eps > 0.0f && std::isfinite(config.eps), "AdamW: eps is ", config.eps,
           "; it must be positive");
   check_decay("AdamW", config.weight_decay);
+  require(!config.amsgrad,
+          "AdamW: amsgrad is true; it must be false, because its running maximum would be a fourth "
+          "state and the bound that the scales rest on does not cover it");
+}
+
+void check_gradient_format(const std::string& what, DType dtype) {
+  check_field(what, "gradient", dtype, kGradientFormats);
 }
 
 void check_formats(const std::string& what, const StateFormats& f, const AdamWConfig& config) {
-  check_field(what, "weight", f.weight, {DType::f32, DType::bf16, DType::e4m3});
-  check_field(what, "master", f.master, {DType::f32, DType::f16});
-  check_field(what, "m", f.m, {DType::f32, DType::e4m3});
-  check_field(what, "v", f.v, {DType::f32, DType::f16});
+  check_field(what, "weight", f.weight, kWeightFormats);
+  check_field(what, "master", f.master, kMasterFormats);
+  check_field(what, "m", f.m, kMFormats);
+  check_field(what, "v", f.v, kVFormats);
   require(f.weight != DType::f32 || f.master == DType::f32, what,
           ": weight is f32, which is its own master, but master is ", name_of(f.master));
   require(!is_quantised(f) || config.beta1 * config.beta1 < config.beta2, what, ": beta1 ",
@@ -75,7 +83,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     AdamWParam& param = params_[i];
     const std::string what = "parameter \"" + param.name + "\"";
     check_formats(what, param.formats, config_);
-    check_field(what, "gradient", param.gradient.dtype, {DType::f32, DType::bf16, DType::e4m3});
+    check_gradient_format(what, param.gradient.dtype);
     check_decay(what, param.weight_decay);
     if (param.whole) param.pieces = {{0, 0, param.shape.numel()}};
     for (Piece& piece : param.pieces) piece.tensor = static_cast<std::int32_t>(i);

@@ -25,7 +25,7 @@ TEST_CASE("what AdamW refuses is named: the parameter, the field, the value") {
   CHECK(missing(error_with(formats_with(&F::m, DType::f16), f32, {}), {"p0", "m ", "f16"}) == "");
   CHECK(missing(error_with(formats_with(&F::m, DType::e5m2), f32, {}), {"p0", "m ", "e5m2"}) == "");
   CHECK(missing(error_with(formats_with(&F::v, DType::e4m3), f32, {}), {"p0", "v ", "e4m3"}) == "");
-  CHECK(missing(error_with(formats_with(&F::v, DType::bf16), f32, {}), {"p0", "v ", "bf16"}) == "");
+  CHECK(missing(error_with(formats_with(&F::v, DType::e5m2), f32, {}), {"p0", "v ", "e5m2"}) == "");
   CHECK(missing(error_with(formats_with(&F::master, DType::bf16), f32, {}),
                 {"p0", "master", "bf16"}) == "");
   CHECK(missing(error_with(formats_with(&F::weight, DType::f16), f32, {}),

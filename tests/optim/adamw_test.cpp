@@ -20,11 +20,11 @@ std::string describe(const StateFormats& f, DType gradient) {
 
 std::vector<StateFormats> all_formats() {
   std::vector<StateFormats> list;
-  for (DType weight : {DType::f32, DType::bf16, DType::e4m3}) {
-    for (DType master : {DType::f32, DType::f16}) {
+  for (DType weight : kWeightFormats) {
+    for (DType master : kMasterFormats) {
       if (weight == DType::f32 && master != DType::f32) continue;
-      for (DType m : {DType::f32, DType::e4m3}) {
-        for (DType v : {DType::f32, DType::f16}) list.push_back({weight, master, m, v});
+      for (DType m : kMFormats) {
+        for (DType v : kVFormats) list.push_back({weight, master, m, v});
       }
     }
   }
@@ -223,7 +223,7 @@ TEST_CASE("every combination of formats takes the steps of double-precision Adam
   const AdamWConfig config{.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .seed = 3};
   for (const Context& ctx : test_contexts()) {
     for (const StateFormats& formats : all_formats()) {
-      for (DType gradient : {DType::f32, DType::bf16, DType::e4m3}) {
+      for (DType gradient : kGradientFormats) {
         INFO(to_string(ctx.device()) << ", " << describe(formats, gradient));
         AdamwModel model(ctx, config, {{{17, 61}, formats, gradient, 0.1f}});
         model.initialise(0, normal_values(1037, 4, 0.02f));

@@ -29,13 +29,16 @@ inline double amax_of(const Doubles& values) {
 struct AdamwReference {
   double beta1, beta2, eps, lr, weight_decay;
   double clip = 1.0;
+  bool maximize = false, decoupled = true;
 
   AdamwReference(const AdamWConfig& config, float rate, float decay)
       : beta1(static_cast<double>(config.beta1)),
         beta2(static_cast<double>(config.beta2)),
         eps(static_cast<double>(config.eps)),
         lr(static_cast<double>(rate)),
-        weight_decay(static_cast<double>(decay)) {}
+        weight_decay(static_cast<double>(decay)),
+        maximize(config.maximize),
+        decoupled(config.decoupled_weight_decay) {}
 
   double k1(std::int64_t t) const { return 1 / (1 - std::pow(beta1, static_cast<double>(t))); }
   double k2(std::int64_t t) const {
@@ -57,19 +60,29 @@ struct AdamwReference {
     return std::sqrt(sum);
   }
 
-  double next_m(double m, double g) const { return beta1 * m + (1 - beta1) * clip * g; }
-  double next_v(double v, double g) const { return beta2 * v + (1 - beta2) * clip * g * clip * g; }
+  /// What the moments see: clipped, its sign flipped to maximize, then the L2 term.
+  double effective(double g, double w) const {
+    return (maximize ? -clip : clip) * g + (decoupled ? 0.0 : weight_decay * w);
+  }
+  double next_m(double m, double g, double w = 0) const {
+    return beta1 * m + (1 - beta1) * effective(g, w);
+  }
+  double next_v(double v, double g, double w = 0) const {
+    return beta2 * v + (1 - beta2) * effective(g, w) * effective(g, w);
+  }
   double ratio(double m, double v, std::int64_t t, double limit) const {
     return std::clamp(m * k1(t) / (std::sqrt(v) * k2(t) + eps), -limit, limit);
   }
-  double next_weight(double w, double r) const { return (1 - lr * weight_decay) * w - lr * r; }
+  double next_weight(double w, double r) const {
+    return (decoupled ? 1 - lr * weight_decay : 1.0) * w - lr * r;
+  }
 
   /// One step without any rounding.
   void step(std::int64_t t, const Doubles& g, Doubles& w, Doubles& m, Doubles& v) const {
     const double limit = bound(t);
     for (std::size_t i = 0; i < g.size(); ++i) {
-      m[i] = next_m(m[i], g[i]);
-      v[i] = next_v(v[i], g[i]);
+      m[i] = next_m(m[i], g[i], w[i]);
+      v[i] = next_v(v[i], g[i], w[i]);
       w[i] = next_weight(w[i], ratio(m[i], v[i], t, limit));
     }
   }

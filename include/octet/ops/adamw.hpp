@@ -17,6 +17,17 @@ struct AdamWConfig {
   float weight_decay = 0.0f;
   /// Seed of the stochastic rounding of stored states.
   std::uint64_t seed = 0;
+  /// False is Adam with L2 regularisation (Kingma and Ba, arXiv 1412.6980): weight_decay * w joins
+  /// the clipped gradient, and with it both moments, instead of shrinking the weight.
+  bool decoupled_weight_decay = true;
+  /// Goes up the gradient instead of down.
+  bool maximize = false;
+  /// How states in fewer than 32 bits are rounded when they are stored: unbiased with random bits,
+  /// or to nearest, ties to even.
+  bool stochastic_rounding = true;
+  /// Refused: the running maximum of v would be a fourth state, and the bound on the update that
+  /// the scales rest on does not cover it.
+  bool amsgrad = false;
 };
 
 /// One tensor of an update, as device memory sees it. Every pointer belongs to the caller.
@@ -27,10 +38,10 @@ struct AdamwTensor {
   /// Master weight: f32, or f16 with a scale.
   void* master = nullptr;
   TensorScale* master_scale = nullptr;
-  /// First moment: f32, or e4m3 with a scale.
+  /// First moment: f32, bf16, or e4m3 with a scale.
   void* m = nullptr;
   TensorScale* m_scale = nullptr;
-  /// Second moment: f32, or f16 with a scale.
+  /// Second moment: f32, bf16, or f16 with a scale.
   void* v = nullptr;
   TensorScale* v_scale = nullptr;
   /// Compute weight written by the update: e4m3 with a scale, bf16, or null where the FP32 master
@@ -55,12 +66,13 @@ struct AdamwTensor {
 /// Scalars of a running optimizer, in device memory. `step`, `skipped` persist; the rest is
 /// computed anew by adamw_prepare in every step.
 struct AdamwScalars {
-  std::int64_t step = 0;     ///< steps applied
-  std::int64_t skipped = 0;  ///< steps skipped
-  double sum_squares = 0.0;  ///< of the gradients, before clipping
-  float norm = 0.0f;         ///< its root; 0 when no clipping was asked for
-  std::uint32_t skip = 0;    ///< 1 if this step changes nothing
-  float clip = 1.0f;         ///< factor on every gradient
+  std::int64_t step = 0;         ///< steps applied
+  std::int64_t skipped = 0;      ///< steps skipped
+  double sum_squares = 0.0;      ///< of the gradients, before clipping
+  float norm = 0.0f;             ///< its root; 0 when no clipping was asked for
+  std::uint32_t skip = 0;        ///< 1 if this step changes nothing
+  float clip = 1.0f;             ///< factor of clipping, at most 1
+  float gradient_factor = 1.0f;  ///< on every gradient: clip, negative when maximizing
   float lr = 0.0f;
   float beta1 = 0.0f, one_minus_beta1 = 0.0f;
   float beta2 = 0.0f, one_minus_beta2 = 0.0f;
@@ -68,6 +80,8 @@ struct AdamwScalars {
   float k2 = 0.0f;     ///< 1 / sqrt(1 - beta2^t)
   float bound = 0.0f;  ///< largest |ratio| that exact Adam can reach at this step
   float eps = 0.0f;
+  std::uint32_t l2 = 0;          ///< 1: weight decay joins the gradient
+  std::uint32_t stochastic = 1;  ///< 1: stored states are rounded with random bits
 };
 
 /// Scales of one tensor in the running step: how to decode the old state and encode the new one.
@@ -112,9 +126,9 @@ void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums);
 /// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA.
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 
-/// Second half: the update of numerics section 3 over all segments in one pass, with stochastic
-/// rounding of the quantised states; writes m, v, master, the compute weight and their amax.
-/// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA and for every sharding.
+/// Second half: the update of numerics section 3 over all segments in one pass; writes m, v,
+/// master, the compute weight and their amax. Stream-ordered, one launch. Deterministic; equal bits
+/// on CPU and CUDA and for every sharding.
 void adamw_update(const Context& ctx, const AdamwArgs& args);
 
 struct AdamwInit {

@@ -10,8 +10,15 @@
 
 namespace octet {
 
-/// Storage formats of one parameter's optimizer. What exists: master f32 or f16, m f32 or e4m3,
-/// v f32 or f16, weight e4m3 or bf16 (written by the update) or f32 (the FP32 master itself).
+/// The formats that exist, in any combination: the checks, their messages and the tests go by these
+/// lists. A weight in e4m3 or bf16 is written by the update; in f32 it is the FP32 master itself.
+inline constexpr DType kGradientFormats[] = {DType::f32, DType::bf16, DType::e4m3};
+inline constexpr DType kWeightFormats[] = {DType::f32, DType::bf16, DType::e4m3};
+inline constexpr DType kMasterFormats[] = {DType::f32, DType::f16};
+inline constexpr DType kMFormats[] = {DType::f32, DType::bf16, DType::e4m3};
+inline constexpr DType kVFormats[] = {DType::f32, DType::bf16, DType::f16};
+
+/// Storage formats of one parameter's optimizer.
 struct StateFormats {
   DType weight = DType::f32;
   DType master = DType::f32;
@@ -20,12 +27,14 @@ struct StateFormats {
   bool operator==(const StateFormats&) const = default;
 };
 
-/// Throws octet::Error naming the field for betas outside [0, 1), eps <= 0, and a weight decay that
-/// is negative or not finite.
+/// Throws octet::Error naming the field for betas outside [0, 1), eps <= 0, a weight decay that is
+/// negative or not finite, and amsgrad.
 void check_adamw(const AdamWConfig& config);
 /// Throws octet::Error, beginning with `what`, for formats that do not exist or that these
 /// hyper-parameters do not bound (beta1^2 >= beta2 with quantised states).
 void check_formats(const std::string& what, const StateFormats& formats, const AdamWConfig& config);
+/// Throws octet::Error, beginning with `what`, for a gradient format that does not exist.
+void check_gradient_format(const std::string& what, DType dtype);
 
 struct AdamWParam {
   std::string name = {};

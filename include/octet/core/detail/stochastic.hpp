@@ -48,4 +48,13 @@ OCTET_HD constexpr std::uint16_t encode_f16_stochastic(float y, std::uint32_t fi
                                     round_stochastic<13, Bits>(abs_of(y), kLower, field, 0x7BFFu));
 }
 
+/// BF16 code of y, rounded with a field of Bits random bits. y must be finite. BF16 has FP32's
+/// exponents, so nothing needs lining up.
+template <int Bits>
+OCTET_HD constexpr std::uint16_t encode_bf16_stochastic(float y, std::uint32_t field) {
+  const std::uint32_t sign = (float_bits(y) >> 16) & 0x8000u;
+  return static_cast<std::uint16_t>(sign |
+                                    round_stochastic<16, Bits>(abs_of(y), 1.0f, field, 0x7F7Fu));
+}
+
 }  // namespace octet::detail

@@ -32,17 +32,19 @@ OCTET_HD inline float adam_ratio_bound(double beta1, double beta2, std::int64_t 
 
 /// Norm and clip factor from the sum of squares; max_norm 0 asks for neither.
 template <class SumSquares>
-OCTET_HD void measure_clip(AdamwScalars& s, float max_norm, SumSquares sum_squares) {
+OCTET_HD void measure_clip(AdamwScalars& s, float max_norm, bool maximize, SumSquares sum_squares) {
   s.sum_squares = 0.0;
   s.norm = 0.0f;
   s.clip = 1.0f;
-  if (!(max_norm > 0.0f)) return;
-  s.sum_squares = sum_squares();
-  const double norm = ::sqrt(s.sum_squares);
-  s.norm = static_cast<float>(norm);
-  if (norm > static_cast<double>(max_norm)) {
-    s.clip = static_cast<float>(static_cast<double>(max_norm) / norm);
+  if (max_norm > 0.0f) {
+    s.sum_squares = sum_squares();
+    const double norm = ::sqrt(s.sum_squares);
+    s.norm = static_cast<float>(norm);
+    if (norm > static_cast<double>(max_norm)) {
+      s.clip = static_cast<float>(static_cast<double>(max_norm) / norm);
+    }
   }
+  s.gradient_factor = maximize ? -s.clip : s.clip;
 }
 
 /// Whether the gradients or the learning rate forbid the step.
@@ -76,10 +78,15 @@ OCTET_HD inline void begin_step(AdamwScalars& s, const AdamWConfig& config, floa
   s.k2 = static_cast<float>(1.0 / ::sqrt(1.0 - integer_power(beta2, t)));
   s.bound = adam_ratio_bound(beta1, beta2, t);
   s.eps = config.eps;
+  s.l2 = config.decoupled_weight_decay ? 0 : 1;
+  s.stochastic = config.stochastic_rounding ? 1 : 0;
 }
 
-OCTET_HD inline float scaled_gradient(const AdamwScalars& s, float gradient) {
-  return s.clip * gradient;
+/// The gradient that the moments see, from the decoded one and the decoded weight.
+OCTET_HD inline float effective_gradient(const AdamwScalars& s, float gradient, float weight,
+                                         float weight_decay) {
+  const float g = s.gradient_factor * gradient;
+  return s.l2 != 0 ? fma_of(weight_decay, weight, g) : g;
 }
 OCTET_HD inline float next_m(const AdamwScalars& s, float m, float g) {
   return fma_of(s.beta1, m, s.one_minus_beta1 * g);
@@ -88,7 +95,7 @@ OCTET_HD inline float next_v(const AdamwScalars& s, float v, float g) {
   return fma_of(s.beta2, v, s.one_minus_beta2 * (g * g));
 }
 OCTET_HD inline float weight_factor(const AdamwScalars& s, float weight_decay) {
-  return fma_of(-s.lr, weight_decay, 1.0f);
+  return s.l2 != 0 ? 1.0f : fma_of(-s.lr, weight_decay, 1.0f);
 }
 OCTET_HD inline float adam_ratio(const AdamwScalars& s, float m, float v) {
   const float ratio = (m * s.k1) / fma_of(::sqrtf(v), s.k2, s.eps);
@@ -105,12 +112,17 @@ struct AdamwBounds {
 };
 
 OCTET_HD inline AdamwBounds bounds_of(const AdamwScalars& s, const AdamwTensor& tensor) {
-  const float g = scaled_gradient(s, stored_amax(*tensor.gradient_scale, tensor.gradient_dtype));
+  const float w = tensor.master_scale->amax;
+  // Both terms of the gradient at their largest and of one sign.
+  AdamwScalars upward = s;
+  upward.gradient_factor = s.clip;
+  const float g = effective_gradient(
+      upward, stored_amax(*tensor.gradient_scale, tensor.gradient_dtype), w, tensor.weight_decay);
   const float factor = abs_of(weight_factor(s, tensor.weight_decay));
   AdamwBounds bounds;
   bounds.m = next_m(s, tensor.m_scale->amax, g);
   bounds.v = next_v(s, tensor.v_scale->amax, g);
-  bounds.w = fma_of(abs_of(s.lr), s.bound, factor * tensor.master_scale->amax);
+  bounds.w = fma_of(abs_of(s.lr), s.bound, factor * w);
   return bounds;
 }
 
@@ -149,56 +161,136 @@ OCTET_HD inline void renew_scales(const AdamwTensor& tensor, const AdamwBounds& 
               out.weight_scale_inv);
 }
 
-/// Largest magnitudes stored by the elements seen so far, as bits.
+/// Largest codes that a thread has stored, without their signs; FP32 values count by their bits.
+/// Codes are ordered like the magnitudes they stand for, so one decoding at the end is enough.
 struct AdamwAmax {
   std::uint32_t m = 0, v = 0, master = 0, weight = 0;
 };
 
 OCTET_HD inline std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
 
-/// Stores m; returns the value that was stored.
-OCTET_HD inline float store_m(const AdamwTensor& tensor, const AdamwScales& scales, std::int64_t i,
-                              float m, std::uint32_t word) {
-  if (tensor.m_dtype == DType::f32) return static_cast<float*>(tensor.m)[i] = m;
-  const std::uint8_t code =
-      encode_e4m3_stochastic<kRandomBitsM>(m * scales.m_scale, random_field_m(word));
-  static_cast<std::uint8_t*>(tensor.m)[i] = code;
-  return decode_e4m3(code) * scales.m_scale_inv;
+/// A code without its sign.
+OCTET_HD constexpr std::uint32_t magnitude_code(DType dtype, std::uint32_t code) {
+  return code & (size_of(dtype) == 4 ? 0x7FFFFFFFu : size_of(dtype) == 2 ? 0x7FFFu : 0x7Fu);
 }
 
-/// Stores v; a positive v is never stored as zero, because m / (sqrt(0) + eps) would explode.
-OCTET_HD inline float store_v(const AdamwTensor& tensor, const AdamwScales& scales, std::int64_t i,
-                              float v, std::uint32_t word) {
-  if (tensor.v_dtype == DType::f32) return static_cast<float*>(tensor.v)[i] = v;
-  std::uint16_t code =
-      encode_f16_stochastic<kRandomBitsV>(v * scales.v_scale, random_field_v(word));
-  if (code == 0 && v > 0.0f) code = 1;
-  static_cast<std::uint16_t*>(tensor.v)[i] = code;
-  return decode_f16(code) * scales.v_scale_inv;
-}
-
-OCTET_HD inline float store_master(const AdamwTensor& tensor, const AdamwScales& scales,
-                                   std::int64_t i, float w, std::uint32_t word) {
-  if (tensor.master_dtype == DType::f32) return static_cast<float*>(tensor.master)[i] = w;
-  const std::uint16_t code =
-      encode_f16_stochastic<kRandomBitsMaster>(w * scales.master_scale, random_field_master(word));
-  static_cast<std::uint16_t*>(tensor.master)[i] = code;
-  return decode_f16(code) * scales.master_scale_inv;
-}
-
-/// Stores the compute weight: the nearest code to the stored master, so that it is a function of
-/// the state. Returns the value that was stored.
-OCTET_HD inline float store_weight(const AdamwTensor& tensor, float scale, float scale_inv,
-                                   std::int64_t i, float master) {
-  if (tensor.weight == nullptr) return master;
-  if (tensor.weight_dtype == DType::bf16) {
-    const std::uint16_t code = encode_bf16(master);
-    static_cast<std::uint16_t*>(tensor.weight)[i] = code;
-    return decode_bf16(code);
+/// What decodes and rounds to nearest. This one is the definition; a device may bring another with
+/// the same bits.
+struct SoftwareCodec {
+  OCTET_HD static float decode(DType dtype, std::uint32_t code) {
+    switch (dtype) {
+      case DType::bf16: return decode_bf16(static_cast<std::uint16_t>(code));
+      case DType::f16: return decode_f16(static_cast<std::uint16_t>(code));
+      case DType::e4m3: return decode_e4m3(static_cast<std::uint8_t>(code));
+      case DType::e5m2: return decode_e5m2(static_cast<std::uint8_t>(code));
+      case DType::f32: break;
+    }
+    return bits_float(code);
   }
-  const std::uint8_t code = encode_e4m3(master * scale);
-  static_cast<std::uint8_t*>(tensor.weight)[i] = code;
-  return decode_e4m3(code) * scale_inv;
+  OCTET_HD static std::uint32_t nearest(DType dtype, float y) {
+    switch (dtype) {
+      case DType::bf16: return encode_bf16(y);
+      case DType::f16: return encode_f16(y);
+      case DType::e4m3: return encode_e4m3(y);
+      case DType::e5m2: return encode_e5m2(y);
+      case DType::f32: break;
+    }
+    return float_bits(y);
+  }
+};
+
+inline constexpr float kMaxBf16 = Element<DType::bf16>::kMax;
+
+/// Code of a state's value y, already scaled, rounded as the step says.
+template <class Codec, int Bits>
+OCTET_HD std::uint32_t state_code(bool stochastic, DType dtype, float y, std::uint32_t field) {
+  if (!stochastic) {
+    // BF16 has no scale to keep the largest FP32 values off its infinity.
+    const bool overflows = dtype == DType::bf16 && magnitude_bits(y) > float_bits(kMaxBf16);
+    return Codec::nearest(dtype, overflows ? (y < 0.0f ? -kMaxBf16 : kMaxBf16) : y);
+  }
+  switch (dtype) {
+    case DType::bf16: return encode_bf16_stochastic<Bits>(y, field);
+    case DType::f16: return encode_f16_stochastic<Bits>(y, field);
+    case DType::e4m3: return encode_e4m3_stochastic<Bits>(y, field);
+    default: return float_bits(y);
+  }
+}
+
+/// The formats of one tensor; constants of a specialised kernel or read from the table.
+struct AdamwFormats {
+  DType gradient = DType::f32, master = DType::f32, m = DType::f32, v = DType::f32;
+  DType weight = DType::f32;
+  bool has_weight = false;  ///< a compute weight apart from the master is written
+};
+
+OCTET_HD inline AdamwFormats formats_of(const AdamwTensor& tensor) {
+  return {tensor.gradient_dtype, tensor.master_dtype, tensor.m_dtype,
+          tensor.v_dtype,        tensor.weight_dtype, tensor.weight != nullptr};
+}
+
+/// One element as it is stored, a code each. FP32 values are their bits.
+struct AdamwCodes {
+  std::uint32_t gradient = 0, master = 0, m = 0, v = 0, weight = 0;
+};
+
+/// The update of one element, from codes to codes: numerics section 3, the only place. A positive v
+/// is never stored as zero, because m / (sqrt(0) + eps) would explode. The compute weight is the
+/// nearest code to the stored master, so that it is a function of the state.
+template <class Codec>
+OCTET_HD inline void update_codes(const AdamwScalars& s, AdamwFormats f, bool stochastic,
+                                  const AdamwScales& scales, float weight_decay, float factor,
+                                  std::uint32_t word, AdamwCodes& c, AdamwAmax& amax) {
+  const float old = Codec::decode(f.master, c.master) * scales.master_inv;
+  const float g = effective_gradient(s, Codec::decode(f.gradient, c.gradient) * scales.gradient_inv,
+                                     old, weight_decay);
+  const float m = next_m(s, Codec::decode(f.m, c.m) * scales.m_inv, g);
+  const float v = next_v(s, Codec::decode(f.v, c.v) * scales.v_inv, g);
+  const float w = next_weight(s, factor, old, adam_ratio(s, m, v));
+  c.m = state_code<Codec, kRandomBitsM>(stochastic, f.m, m * scales.m_scale, random_field_m(word));
+  c.v = state_code<Codec, kRandomBitsV>(stochastic, f.v, v * scales.v_scale, random_field_v(word));
+  if (f.v != DType::f32 && c.v == 0 && v > 0.0f) c.v = 1;
+  c.master = state_code<Codec, kRandomBitsMaster>(stochastic, f.master, w * scales.master_scale,
+                                                  random_field_master(word));
+  c.weight = c.master;
+  if (f.has_weight) {
+    const float stored = Codec::decode(f.master, c.master) * scales.master_scale_inv;
+    c.weight = Codec::nearest(f.weight, stored * scales.weight_scale);
+  }
+  amax.m = larger(amax.m, magnitude_code(f.m, c.m));
+  amax.v = larger(amax.v, magnitude_code(f.v, c.v));
+  amax.master = larger(amax.master, magnitude_code(f.master, c.master));
+  amax.weight = larger(amax.weight, magnitude_code(f.has_weight ? f.weight : f.master, c.weight));
+}
+
+/// The largest codes as bits of the magnitudes they stand for.
+OCTET_HD inline AdamwAmax decoded_amax(const AdamwFormats& f, const AdamwScales& scales,
+                                       const AdamwAmax& codes) {
+  const auto bits = [](DType dtype, std::uint32_t code, float scale_inv) {
+    return magnitude_bits(SoftwareCodec::decode(dtype, code) * scale_inv);
+  };
+  AdamwAmax amax;
+  amax.m = bits(f.m, codes.m, scales.m_scale_inv);
+  amax.v = bits(f.v, codes.v, scales.v_scale_inv);
+  amax.master = bits(f.master, codes.master, scales.master_scale_inv);
+  amax.weight = f.has_weight ? bits(f.weight, codes.weight, scales.weight_scale_inv) : amax.master;
+  return amax;
+}
+
+/// One code read from or written to untyped memory.
+OCTET_HD inline std::uint32_t load_code(const void* data, DType dtype, std::int64_t i) {
+  switch (size_of(dtype)) {
+    case 1: return static_cast<const std::uint8_t*>(data)[i];
+    case 2: return static_cast<const std::uint16_t*>(data)[i];
+    default: return float_bits(static_cast<const float*>(data)[i]);
+  }
+}
+OCTET_HD inline void store_code(void* data, DType dtype, std::int64_t i, std::uint32_t code) {
+  switch (size_of(dtype)) {
+    case 1: static_cast<std::uint8_t*>(data)[i] = static_cast<std::uint8_t>(code); return;
+    case 2: static_cast<std::uint16_t*>(data)[i] = static_cast<std::uint16_t>(code); return;
+    default: static_cast<float*>(data)[i] = bits_float(code);
+  }
 }
 
 /// Decoded gradient of element i of a segment, before clipping.
@@ -208,26 +300,33 @@ OCTET_HD inline float gradient_at(const AdamwTensor& tensor, float gradient_inv,
   return load_element(tensor.gradient, tensor.gradient_dtype, at) * gradient_inv;
 }
 
-/// One element of the update, read, computed and stored.
+/// First element of a segment in each of a tensor's buffers.
+struct AdamwOffsets {
+  std::int64_t gradient, master, state, weight;
+};
+
+OCTET_HD inline AdamwOffsets offsets_of(const AdamwTensor& tensor, const Segment& segment) {
+  return {tensor.gradient_is_shard ? segment.local : segment.begin,
+          tensor.master_is_shard ? segment.local : segment.begin, segment.local, segment.begin};
+}
+
+/// One element of the update, read, computed and stored; formats at run time.
 OCTET_HD inline void update_element(const AdamwScalars& s, const AdamwTensor& tensor,
-                                    const AdamwScales& scales, const Segment& segment,
+                                    const AdamwScales& scales, const AdamwOffsets& at,
                                     std::int64_t i, float factor, std::uint32_t word,
                                     AdamwAmax& amax) {
-  const std::int64_t shard = segment.local + i;
-  const std::int64_t whole = segment.begin + i;
-  const std::int64_t at_master = tensor.master_is_shard ? shard : whole;
-  const float g = scaled_gradient(s, gradient_at(tensor, scales.gradient_inv, segment, i));
-  const float m = next_m(s, load_element(tensor.m, tensor.m_dtype, shard) * scales.m_inv, g);
-  const float v = next_v(s, load_element(tensor.v, tensor.v_dtype, shard) * scales.v_inv, g);
-  const float old = load_element(tensor.master, tensor.master_dtype, at_master) * scales.master_inv;
-  const float w = next_weight(s, factor, old, adam_ratio(s, m, v));
-  const float stored = store_master(tensor, scales, at_master, w, word);
-  const float weight =
-      store_weight(tensor, scales.weight_scale, scales.weight_scale_inv, whole, stored);
-  amax.m = larger(amax.m, magnitude_bits(store_m(tensor, scales, shard, m, word)));
-  amax.v = larger(amax.v, magnitude_bits(store_v(tensor, scales, shard, v, word)));
-  amax.master = larger(amax.master, magnitude_bits(stored));
-  amax.weight = larger(amax.weight, magnitude_bits(weight));
+  const AdamwFormats f = formats_of(tensor);
+  AdamwCodes c;
+  c.gradient = load_code(tensor.gradient, f.gradient, at.gradient + i);
+  c.master = load_code(tensor.master, f.master, at.master + i);
+  c.m = load_code(tensor.m, f.m, at.state + i);
+  c.v = load_code(tensor.v, f.v, at.state + i);
+  update_codes<SoftwareCodec>(s, f, s.stochastic != 0, scales, tensor.weight_decay, factor, word, c,
+                              amax);
+  store_code(tensor.m, f.m, at.state + i, c.m);
+  store_code(tensor.v, f.v, at.state + i, c.v);
+  store_code(tensor.master, f.master, at.master + i, c.master);
+  if (f.has_weight) store_code(tensor.weight, f.weight, at.weight + i, c.weight);
 }
 
 /// Scale that holds values up to amax, with amax of what will be stored; 1 for unscaled dtypes.
@@ -262,8 +361,9 @@ OCTET_HD inline void initialise_weight(const AdamwTensor& tensor, const TensorVi
   if (tensor.weight == nullptr && !tensor.master_is_shard) {
     static_cast<float*>(tensor.master)[i] = initial_master(tensor, values, i);
   }
-  store_weight(tensor, tensor.weight_scale->scale, tensor.weight_scale->scale_inv, i,
-               initial_master(tensor, values, i));
+  if (tensor.weight == nullptr) return;
+  const float master = initial_master(tensor, values, i);
+  store_element(tensor.weight, tensor.weight_dtype, i, master * tensor.weight_scale->scale);
 }
 
 OCTET_HD inline void initialise_state(const AdamwTensor& tensor, const TensorView& values,
