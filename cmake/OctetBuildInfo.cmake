@@ -2,13 +2,10 @@
 # octet_build_info: an interface target with the header build_info.hpp, which says from what a
 # program was built. The commit is looked up at every build, so it is never that of an earlier one.
 if(CMAKE_SCRIPT_MODE_FILE)
-  set(OCTET_COMMIT "")
-  if(GIT)
+  set(OCTET_COMMIT "$ENV{OCTET_COMMIT}")  # whoever copied the sources knows best
+  if(GIT AND OCTET_COMMIT STREQUAL "")
     execute_process(COMMAND ${GIT} -C ${SOURCE_DIR} describe --always --dirty --abbrev=12 --exclude=*
       OUTPUT_VARIABLE OCTET_COMMIT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-  endif()
-  if(OCTET_COMMIT STREQUAL "")  # sources without their history: whoever copied them can say
-    set(OCTET_COMMIT "$ENV{OCTET_COMMIT}")
   endif()
   if(OCTET_COMMIT STREQUAL "")
     set(OCTET_COMMIT unknown)
