@@ -33,8 +33,9 @@ constexpr AdamwFormats kRowO2 = {.gradient = DType::e4m3,
 /// not a NaN, and states hold none.
 struct HardwareCodec {
   __device__ static float decode(DType dtype, std::uint32_t code) {
-    if (dtype == DType::f16)
+    if (dtype == DType::f16) {
       return __half2float(__ushort_as_half(static_cast<std::uint16_t>(code)));
+    }
     if (dtype == DType::e4m3) {
       return __half2float(
           __half(__nv_cvt_fp8_to_halfraw(static_cast<std::uint8_t>(code), __NV_E4M3)));
@@ -63,7 +64,9 @@ struct CodeOf<1> {
 /// Consecutive codes of one format, loaded and stored as 8 or 16 bytes at a time.
 template <DType D>
 struct alignas(size_of(D) == 1 ? 8 : 16) Codes {
-  typename CodeOf<size_of(D)>::Type code[kVector];
+  using Code = typename CodeOf<size_of(D)>::Type;
+  Code code[kVector];
+  __device__ void set(int k, std::uint32_t value) { code[k] = static_cast<Code>(value); }
 };
 
 template <DType D>
@@ -129,10 +132,10 @@ __device__ std::int64_t update_vectors(const Work& work, AdamwAmax& amax) {
         AdamwCodes c{gradient.code[k], master.code[k], m.code[k], v.code[k], 0};
         update_codes<HardwareCodec>(work.s, F, true, work.scales, t.weight_decay, work.factor,
                                     words.word[k - quad], c, amax);
-        master.code[k] = static_cast<decltype(master.code[0] + 0)>(c.master);
-        m.code[k] = static_cast<decltype(m.code[0] + 0)>(c.m);
-        v.code[k] = static_cast<decltype(v.code[0] + 0)>(c.v);
-        weight.code[k] = static_cast<decltype(weight.code[0] + 0)>(c.weight);
+        master.set(k, c.master);
+        m.set(k, c.m);
+        v.set(k, c.v);
+        weight.set(k, c.weight);
       }
     }
     store_codes<F.master>(t.master, work.at.master + i, master);

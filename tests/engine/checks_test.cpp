@@ -295,6 +295,19 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
       {"seed",
        {"seed", "123"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.seed = 123; }},
+      {"L2",
+       {"decoupled_weight_decay"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) {
+         config.adamw.decoupled_weight_decay = false;
+       }},
+      {"maximize",
+       {"maximize"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.maximize = true; }},
+      {"rounding",
+       {"stochastic_rounding"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) {
+         config.adamw.stochastic_rounding = false;
+       }},
   };
   for (const Difference& difference : differences) {
     const auto errors = freeze_errors(
