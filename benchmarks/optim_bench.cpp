@@ -12,255 +12,78 @@
 #include <exception>
 #include <fstream>
 #include <iostream>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <random>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "build_info.hpp"
+#include "cuda_timing.hpp"
 #include "octet/octet.hpp"
+#include "optim_model.hpp"
 
+namespace bench {
 namespace {
 
 using octet::DType;
 using octet::Shape;
-using octet::StateFormats;
 
-constexpr int kWarmup = 3;
-constexpr float kLearningRate = 1e-4f;
 constexpr std::size_t kCopyBytes = std::size_t{2} << 30;
-/// Random values that are made on the host; a tensor holds copies of them, from its own start.
-constexpr std::int64_t kBlock = std::int64_t{1} << 22;
+constexpr double kTorchTarget = 2.4;  ///< its time over that of O2
+const char* const kReference = "O2";
+const char* const kFasterThanReference = "blocks and split";
 
-void check(cudaError_t status, const char* what) {
-  octet::require(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
+std::vector<Case> all_cases() {
+  const octet::Formats o2 = octet::formats_of(octet::Level::O2);
+  octet::Formats transpose = o2, shard = o2;
+  transpose.state.weight = octet::WeightFormat::e4m3_and_transpose;
+  shard.gradient = DType::f32;
+  const octet::Formats blocks{DType::e4m3,
+                              {.weight = octet::WeightFormat::e4m3,
+                               .master = octet::StateFormat::split,
+                               .m = octet::StateFormat::e4m3_block,
+                               .v = octet::StateFormat::sqrt_e4m3_block}};
+  return {{.name = kReference, .formats = o2, .target = 0.90},
+          {.name = "O2 with transpose", .formats = transpose, .target = 0.85},
+          {.name = kFasterThanReference, .formats = blocks, .target = 0.75},
+          {.name = "O1", .formats = octet::formats_of(octet::Level::O1), .target = 0.90},
+          {.name = "O0", .formats = octet::formats_of(octet::Level::O0), .target = 0.92},
+          {.name = "O3 shard", .formats = shard, .gradient_is_shard = true},
+          {.name = "norm", .formats = o2, .work = Work::norm},
+          {.name = "small", .formats = o2, .work = Work::replay, .target = 25.0},
+          {.name = "small with clipping", .formats = o2, .work = Work::clipped_replay}};
 }
 
-class Stream {
- public:
-  Stream() {
-    check(cudaSetDevice(0), "cudaSetDevice");
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+/// The cases of these names in the order of the list; all where there are no names.
+std::vector<Case> select_cases(const std::vector<std::string>& names) {
+  std::vector<Case> cases = all_cases();
+  std::string allowed;
+  for (const Case& c : cases) allowed += (allowed.empty() ? "" : ", ") + c.name;
+  for (const std::string& name : names) {
+    octet::require(
+        std::any_of(cases.begin(), cases.end(), [&](const Case& c) { return c.name == name; }),
+        "--case ", name, ": there is no such case; allowed are ", allowed);
   }
-  ~Stream() { cudaStreamDestroy(stream_); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
-class TimingEvent {
- public:
-  TimingEvent() { check(cudaEventCreate(&event_), "cudaEventCreate"); }
-  ~TimingEvent() { cudaEventDestroy(event_); }
-  TimingEvent(const TimingEvent&) = delete;
-  TimingEvent& operator=(const TimingEvent&) = delete;
-  void record(cudaStream_t stream) { check(cudaEventRecord(event_, stream), "cudaEventRecord"); }
-  double ms_since(const TimingEvent& start) const {
-    float ms = 0.0f;
-    check(cudaEventElapsedTime(&ms, start.event_, event_), "cudaEventElapsedTime");
-    return static_cast<double>(ms);
-  }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
-/// What was captured between the constructor and finish(), to be replayed.
-class Graph {
- public:
-  template <class Work>
-  Graph(cudaStream_t stream, const Work& work) : stream_(stream) {
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
-          "cudaStreamBeginCapture");
-    work();
-    check(cudaStreamEndCapture(stream, &graph_), "cudaStreamEndCapture");
-    check(cudaGraphInstantiate(&executable_, graph_, 0), "cudaGraphInstantiate");
-  }
-  ~Graph() {
-    cudaGraphExecDestroy(executable_);
-    cudaGraphDestroy(graph_);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-  void replay() const { check(cudaGraphLaunch(executable_, stream_), "cudaGraphLaunch"); }
-
- private:
-  cudaStream_t stream_;
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t executable_ = nullptr;
-};
-
-/// Milliseconds of each of `repeats` runs after kWarmup more.
-template <class Work>
-std::vector<double> time_each(const octet::Context& ctx, int repeats, const Work& work) {
-  std::vector<TimingEvent> events(static_cast<std::size_t>(repeats) + 1);
-  for (int i = 0; i < kWarmup; ++i) work();
-  events.front().record(ctx.stream());
-  for (std::size_t i = 1; i < events.size(); ++i) {
-    work();
-    events[i].record(ctx.stream());
-  }
-  ctx.synchronize();
-  std::vector<double> times;
-  for (std::size_t i = 1; i < events.size(); ++i) {
-    times.push_back(events[i].ms_since(events[i - 1]));
-  }
-  return times;
+  if (names.empty()) return cases;
+  std::erase_if(cases, [&](const Case& c) {
+    return std::find(names.begin(), names.end(), c.name) == names.end();
+  });
+  return cases;
 }
 
-struct Timing {
-  double median_ms = 0.0;
-  double spread = 0.0;  ///< (largest - smallest) / median
-};
-
-Timing timing_of(std::vector<double> times) {
-  std::sort(times.begin(), times.end());
-  const std::size_t n = times.size();
-  const double median = (times[(n - 1) / 2] + times[n / 2]) / 2.0;
-  return {median, (times.back() - times.front()) / median};
-}
-
-/// Embedding, and per layer qkv, out, up and down.
-std::vector<Shape> gpt_shapes(int layers) {
-  constexpr std::int64_t kWidth = 2048, kVocabulary = 50304;
-  std::vector<Shape> shapes{{kVocabulary, kWidth}};
-  for (int layer = 0; layer < layers; ++layer) {
-    shapes.insert(
-        shapes.end(),
-        {{3 * kWidth, kWidth}, {kWidth, kWidth}, {4 * kWidth, kWidth}, {kWidth, 4 * kWidth}});
-  }
-  return shapes;
-}
-
-std::int64_t numel_of(const std::vector<Shape>& shapes) {
-  std::int64_t count = 0;
-  for (const Shape& shape : shapes) count += shape.numel();
-  return count;
-}
-
-struct Case {
-  std::string name;
-  DType gradient;
-  StateFormats formats;
-  double target;  ///< fraction of the copy's rate, or microseconds for `small`
-
-  /// Every byte once: gradient read, states read and written, weight written.
-  std::size_t bytes_per_parameter() const {
-    using octet::size_of;
-    return size_of(gradient) + size_of(formats.weight) +
-           2 * (size_of(formats.master) + size_of(formats.m) + size_of(formats.v));
-  }
-};
-
-/// Random f32 values on the device, enough for the largest tensor from any start in the block.
-class RandomValues {
- public:
-  RandomValues(const octet::Context& ctx, std::int64_t largest)
-      : ctx_(ctx), buffer_(ctx, static_cast<std::size_t>(largest + kBlock) * sizeof(float)) {
-    std::mt19937 generator(1);
-    std::normal_distribution<float> normal(0.0f, 0.02f);
-    std::vector<float> block(static_cast<std::size_t>(kBlock));
-    for (float& value : block) value = normal(generator);
-    const octet::Buffer source = octet::upload_sync<float>(ctx, block);
-    for (std::size_t done = 0; done < buffer_.bytes(); done += source.bytes()) {
-      check(cudaMemcpyAsync(buffer_.as<char>() + done, source.data(),
-                            std::min(source.bytes(), buffer_.bytes() - done),
-                            cudaMemcpyDeviceToDevice, ctx.stream()),
-            "cudaMemcpyAsync");
-    }
-    ctx.synchronize();
-  }
-
-  /// Another start, aligned to 256 bytes, in every call.
-  octet::TensorView next(const Shape& shape) {
-    start_ = (start_ + 64 * 10007) % kBlock;
-    return {buffer_.as<float>() + start_, DType::f32, shape, ctx_.device()};
-  }
-
- private:
-  octet::Context ctx_;
-  octet::Buffer buffer_;
-  std::int64_t start_ = 0;
-};
-
-/// An optimizer with weights and gradients, ready to step.
-class Model {
- public:
-  Model(const octet::Context& ctx, const Case& c, const std::vector<Shape>& shapes)
-      : ctx_(ctx),
-        flag_(octet::upload_sync<std::uint32_t>(ctx, std::vector<std::uint32_t>{0})),
-        lr_(octet::upload_sync<float>(ctx, std::vector<float>{kLearningRate})) {
-    std::int64_t largest = 0;
-    for (const Shape& shape : shapes) largest = std::max(largest, shape.numel());
-    RandomValues random(ctx, largest);
-    std::vector<octet::AdamWParam> params;
-    for (const Shape& shape : shapes) {
-      weights_.emplace_back(ctx, c.formats.weight, shape);
-      gradients_.emplace_back(ctx, c.gradient, shape);
-      const octet::ScaledView gradient = gradients_.back().view();
-      const octet::TensorView values = random.next(shape);
-      if (octet::is_fp8(c.gradient)) {
-        octet::quantize(ctx, {.in = values, .out = gradient});
-      } else {
-        octet::convert(ctx, {values, nullptr}, gradient.data);
-        octet::measure_amax(ctx, gradient.data, gradient.scale);
-      }
-      params.push_back({.name = "p" + std::to_string(params.size()),
-                        .shape = shape,
-                        .formats = c.formats,
-                        .gradient = gradient.data,
-                        .gradient_scale = gradient.scale,
-                        .weight = weights_.back().view(),
-                        .weight_decay = 0.1f});
-    }
-    optimizer_ = std::make_unique<octet::AdamW>(ctx, octet::AdamWConfig{}, std::move(params));
-    for (std::size_t i = 0; i < shapes.size(); ++i) {
-      optimizer_->initialise(static_cast<int>(i), random.next(shapes[i]));
-    }
-    ctx.synchronize();
-  }
-
-  void step() {
-    optimizer_->step({.lr_device = lr_.as<float>(), .nonfinite = flag_.as<std::uint32_t>()});
-  }
-
-  void require_steps(const std::string& name, std::int64_t expected) const {
-    const auto scalars = octet::read_sync<octet::AdamwScalars>(ctx_, optimizer_->scalars(), 1)[0];
-    octet::require(scalars.step == expected && scalars.skipped == 0, name, ": ", scalars.step,
-                   " steps were applied and ", scalars.skipped, " skipped; expected are ", expected,
-                   " and 0");
-  }
-
- private:
-  octet::Context ctx_;
-  octet::Buffer flag_, lr_;
-  std::vector<octet::Tensor> weights_;
-  std::vector<octet::ScaledTensor> gradients_;
-  std::unique_ptr<octet::AdamW> optimizer_;
-};
-
-Timing measure_steps(const octet::Context& ctx, const Case& c, const std::vector<Shape>& shapes,
-                     int repeats) {
+Timing measure_case(const octet::Context& ctx, const Case& c, const std::vector<Shape>& shapes,
+                    int repeats) {
   Model model(ctx, c, shapes);
-  const Timing timing = timing_of(time_each(ctx, repeats, [&] { model.step(); }));
-  model.require_steps(c.name, kWarmup + repeats);
-  return timing;
-}
-
-Timing measure_replays(const octet::Context& ctx, const Case& c, const std::vector<Shape>& shapes,
-                       int repeats) {
-  Model model(ctx, c, shapes);
-  model.step();
+  if (!is_replay(c.work)) {
+    const Timing timing = timing_of(time_each(ctx, repeats, [&] { model.run(); }));
+    model.require_runs(kWarmup + repeats);
+    return timing;
+  }
+  model.run();
   ctx.synchronize();
-  const Graph graph(ctx.stream(), [&] { model.step(); });
+  const Graph graph(ctx.stream(), [&] { model.run(); });
   const Timing timing = timing_of(time_each(ctx, repeats, [&] { graph.replay(); }));
-  model.require_steps(c.name, 1 + kWarmup + repeats);
+  model.require_runs(1 + kWarmup + repeats);
   return timing;
 }
 
@@ -274,35 +97,62 @@ std::vector<double> measure_copy(const octet::Context& ctx, int repeats) {
   });
 }
 
+enum class Bound : std::uint8_t { at_least, at_most, below };
+
 struct Result {
-  std::string name;
-  std::string metric, unit;
+  std::string name, metric, unit;
   double value = 0.0;
   std::optional<double> target;
-  bool at_least = true;  ///< the target is a lower bound
-  Timing timing;
-  std::size_t bytes = 0;
-  std::size_t bytes_per_parameter = 0;
-  double fraction = 0.0;  ///< of the copy's rate
+  Bound bound = Bound::at_least;
+  double median_ms = 0.0;
+  std::optional<double> spread;
+  std::optional<std::size_t> bytes;
+  double bytes_per_parameter = 0.0;  ///< 0: not per parameter
 
-  double rate() const { return static_cast<double>(bytes) / (timing.median_ms * 1e9); }
-  bool met() const { return !target || (at_least ? value >= *target : value <= *target); }
+  double rate() const { return static_cast<double>(bytes.value_or(0)) / (median_ms * 1e9); }
+  bool met() const {
+    switch (bound) {
+      case Bound::at_least: return !target || value >= *target;
+      case Bound::at_most: return !target || value <= *target;
+      case Bound::below: break;
+    }
+    return !target || value < *target;
+  }
 };
 
-std::string table_row(const Result& r) {
-  char text[256];
-  std::string per = r.bytes_per_parameter > 0 ? std::to_string(r.bytes_per_parameter) : "";
-  std::string target, met;
-  if (r.target) {
-    char number[32];
-    std::snprintf(number, sizeof number, r.at_least ? ">= %.2f" : "<= %.0f us", *r.target);
-    target = number;
-    met = r.met() ? "yes" : "NO";
-  }
-  std::snprintf(text, sizeof text, "| %s | %s | %.4f | %.1f %% | %.3f | %.3f | %s | %s |",
-                r.name.c_str(), per.c_str(), r.timing.median_ms, 100.0 * r.timing.spread, r.rate(),
-                r.fraction, target.c_str(), met.c_str());
+Result result_of(const Case& c, const Timing& timing, const std::vector<Shape>& shapes) {
+  const std::size_t bytes = bytes_moved(c, shapes);
+  const bool replay = is_replay(c.work);
+  return {
+      .name = c.name,
+      .metric = replay ? "graph replay" : "rate over that of a copy",
+      .unit = replay ? "us" : "1",
+      .target = c.target,
+      .bound = replay ? Bound::at_most : Bound::at_least,
+      .median_ms = timing.median_ms,
+      .spread = timing.spread,
+      .bytes = bytes,
+      .bytes_per_parameter = static_cast<double>(bytes) / static_cast<double>(numel_of(shapes))};
+}
+
+std::string text_of(const char* format, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, format, value);
   return text;
+}
+
+std::string table_row(const Result& r) {
+  const std::string unit = r.unit == "1" ? "" : " " + r.unit;
+  const char* sign = r.bound == Bound::at_least ? ">= " : r.bound == Bound::at_most ? "<= " : "< ";
+  std::string row = "| " + r.name;
+  row += " | " + (r.bytes_per_parameter > 0.0 ? text_of("%.6g", r.bytes_per_parameter) : "");
+  row += " | " + text_of("%.4f", r.median_ms);
+  row += " | " + (r.spread ? text_of("%.1f %%", 100.0 * *r.spread) : "");
+  row += " | " + (r.bytes ? text_of("%.3f", r.rate()) : "");
+  row += " | " + r.metric + " | " + text_of("%.4g", r.value) + unit;
+  row += " | " + (r.target ? sign + text_of("%g", *r.target) + unit : "");
+  row += std::string(" | ") + (!r.target ? "" : r.met() ? "yes" : "NO") + " |";
+  return row;
 }
 
 nlohmann::ordered_json json_row(const Result& r) {
@@ -313,34 +163,70 @@ nlohmann::ordered_json json_row(const Result& r) {
           {"unit", r.unit},
           {"target", r.target ? Json(*r.target) : Json()},
           {"met", r.target ? Json(r.met()) : Json()},
-          {"median_ms", r.timing.median_ms},
-          {"spread", r.timing.spread},
-          {"bytes", r.bytes},
+          {"median_ms", r.median_ms},
+          {"spread", r.spread ? Json(*r.spread) : Json()},
+          {"bytes", r.bytes ? Json(*r.bytes) : Json()},
           {"flops", nullptr}};
 }
 
 struct Options {
   std::string scale = "full", json;
+  std::vector<std::string> cases;
   int repeats = 15;
   double torch_ms = 0.0;
 };
 
+/// The rows of the cases and of the copy, and those that compare two times.
+std::vector<Result> measure(const octet::Context& ctx, const Options& options,
+                            const std::vector<Case>& cases, const std::vector<Shape>& shapes,
+                            const std::vector<Shape>& small_shapes) {
+  std::vector<double> copies = measure_copy(ctx, options.repeats);
+  std::vector<Result> results;
+  std::optional<double> reference_ms;
+  for (const Case& c : cases) {
+    const std::vector<Shape>& of = is_replay(c.work) ? small_shapes : shapes;
+    results.push_back(result_of(c, measure_case(ctx, c, of, options.repeats), of));
+    Result ratio = results.back();
+    if (c.name == kReference) reference_ms = ratio.median_ms;
+    if (c.name != kFasterThanReference || !reference_ms) continue;
+    ratio.metric = "time over that of O2";
+    ratio.value = ratio.median_ms / *reference_ms;
+    ratio.target = 1.0;
+    ratio.bound = Bound::below;
+    results.push_back(ratio);
+  }
+  for (double ms : measure_copy(ctx, options.repeats)) copies.push_back(ms);
+  const Timing copy_timing = timing_of(copies);
+  Result copy{.name = "copy",
+              .metric = "rate",
+              .unit = "TB/s",
+              .target = {},
+              .median_ms = copy_timing.median_ms,
+              .spread = copy_timing.spread,
+              .bytes = 2 * kCopyBytes};
+  copy.value = copy.rate();
+  for (Result& r : results) {
+    if (r.unit == "us") r.value = r.median_ms * 1e3;
+    if (r.metric == "rate over that of a copy") r.value = r.rate() / copy.rate();
+  }
+  results.push_back(copy);
+  if (options.torch_ms > 0.0 && reference_ms) {
+    results.push_back({.name = "torch fused AdamW FP32",
+                       .metric = "time over that of octet O2",
+                       .unit = "1",
+                       .value = options.torch_ms / *reference_ms,
+                       .target = kTorchTarget,
+                       .median_ms = options.torch_ms,
+                       .spread = {},
+                       .bytes = {}});
+  }
+  return results;
+}
+
 void write_json(const Options& options, const std::string& device, std::int64_t parameters,
-                const std::vector<Result>& results, std::optional<double> torch_ratio) {
+                const std::vector<Result>& results) {
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();
   for (const Result& r : results) rows.push_back(json_row(r));
-  if (torch_ratio) {
-    rows.push_back({{"case", "torch fused AdamW FP32"},
-                    {"metric", "time over that of octet O2"},
-                    {"value", *torch_ratio},
-                    {"unit", "1"},
-                    {"target", nullptr},
-                    {"met", nullptr},
-                    {"median_ms", options.torch_ms},
-                    {"spread", nullptr},
-                    {"bytes", nullptr},
-                    {"flops", nullptr}});
-  }
   const nlohmann::ordered_json document{
       {"benchmark", "optim_bench"},       {"device", device},
       {"parameters", parameters},         {"scale", options.scale},
@@ -357,6 +243,7 @@ int run(const Options& options) {
                  ": must be full or small");
   octet::require(options.repeats >= 1, "--repeats ", options.repeats, ": must be at least 1");
   octet::require(options.torch_ms >= 0.0, "--torch-ms ", options.torch_ms, ": must be positive");
+  const std::vector<Case> cases = select_cases(options.cases);
   octet::require(octet::cuda_device_count() > 0, "there is no CUDA device that this build can use");
   const Stream stream;
   const octet::Context ctx = octet::Context::cuda(0, stream.get());
@@ -365,79 +252,33 @@ int run(const Options& options) {
 
   const std::vector<Shape> shapes = gpt_shapes(options.scale == "full" ? 24 : 3);
   const std::vector<Shape> small_shapes(4000, Shape{1000});
-  const StateFormats o2{DType::e4m3, DType::f16, DType::e4m3, DType::f16};
-  const Case cases[] = {
-      {"O2", DType::e4m3, o2, 0.90},
-      {"O1", DType::e4m3, {DType::e4m3, DType::f16, DType::f32, DType::f32}, 0.90},
-      {"O0", DType::bf16, {DType::bf16, DType::f32, DType::f32, DType::f32}, 0.92}};
-  const Case small{"small", DType::e4m3, o2, 25.0};
-  const auto traffic = [](const Case& c, const std::vector<Shape>& of) {
-    return static_cast<std::size_t>(numel_of(of)) * c.bytes_per_parameter();
-  };
-
-  std::vector<double> copies = measure_copy(ctx, options.repeats);
-  std::vector<Result> results;
-  for (const Case& c : cases) {
-    results.push_back({.name = c.name,
-                       .metric = "rate over that of a copy",
-                       .unit = "1",
-                       .target = c.target,
-                       .timing = measure_steps(ctx, c, shapes, options.repeats),
-                       .bytes = traffic(c, shapes),
-                       .bytes_per_parameter = c.bytes_per_parameter()});
-  }
-  results.push_back({.name = small.name,
-                     .metric = "graph replay",
-                     .unit = "us",
-                     .target = small.target,
-                     .at_least = false,
-                     .timing = measure_replays(ctx, small, small_shapes, options.repeats),
-                     .bytes = traffic(small, small_shapes),
-                     .bytes_per_parameter = small.bytes_per_parameter()});
-  for (double ms : measure_copy(ctx, options.repeats)) copies.push_back(ms);
-  results.push_back({.name = "copy",
-                     .metric = "rate",
-                     .unit = "TB/s",
-                     .target = {},
-                     .timing = timing_of(copies),
-                     .bytes = 2 * kCopyBytes});
-
-  const double copy_rate = results.back().rate();
-  for (Result& r : results) {
-    r.fraction = r.rate() / copy_rate;
-    r.value = r.unit == "us" ? r.timing.median_ms * 1e3 : r.unit == "1" ? r.fraction : r.rate();
-  }
+  const std::vector<Result> results = measure(ctx, options, cases, shapes, small_shapes);
   std::printf("%s, %zu tensors of %lld parameters in total; small: %zu of %lld.\n\n",
               properties.name, shapes.size(), static_cast<long long>(numel_of(shapes)),
               small_shapes.size(), static_cast<long long>(numel_of(small_shapes)));
   std::puts(
-      "| case | bytes/parameter | ms | spread | TB/s | fraction of copy | target | met |\n"
-      "|---|---|---|---|---|---|---|---|");
+      "| case | bytes/parameter | ms | spread | TB/s | metric | value | target | met |\n"
+      "|---|---|---|---|---|---|---|---|---|");
   for (const Result& r : results) std::puts(table_row(r).c_str());
-  std::optional<double> torch_ratio;
-  if (options.torch_ms > 0.0) {
-    torch_ratio = options.torch_ms / results.front().timing.median_ms;
-    std::printf("\ntorch fused AdamW FP32: %.4f ms, %.2f times that of octet O2\n",
-                options.torch_ms, *torch_ratio);
-  }
-  if (!options.json.empty()) {
-    write_json(options, properties.name, numel_of(shapes), results, torch_ratio);
-  }
+  if (!options.json.empty()) write_json(options, properties.name, numel_of(shapes), results);
   return 0;
 }
 
 }  // namespace
+}  // namespace bench
 
 int main(int argc, char** argv) {
-  Options options;
+  bench::Options options;
   CLI::App app("Time of an AdamW step on CUDA device 0 against the rate of a copy.");
   app.add_option("--scale", options.scale, "full or small (3 layers instead of 24; default: full)");
+  app.add_option("--case", options.cases, "Only the case of this name; repeatable (default: all)")
+      ->allow_extra_args(false);
   app.add_option("--repeats", options.repeats, "Timed runs of each case (default: 15)");
   app.add_option("--json", options.json, "Write the results to this file");
   app.add_option("--torch-ms", options.torch_ms, "What torch_adamw.py measured, for the ratio");
   try {
     app.parse(argc, argv);
-    return run(options);
+    return bench::run(options);
   } catch (const CLI::CallForHelp&) {
     std::cout << app.help();
     return 0;

@@ -23,7 +23,7 @@ const CudaPart& cuda_part() {
       .transpose = cuda::transpose,
       .measure_amax = cuda::measure_amax,
       .adamw_initialise = cuda::adamw_initialise,
-      .adamw_sum_squares = cuda::adamw_sum_squares,
+      .adamw_measure = cuda::adamw_measure,
       .adamw_prepare = cuda::adamw_prepare,
       .adamw_update = cuda::adamw_update,
       .mean_scales = cuda::mean_scales,

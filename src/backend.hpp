@@ -35,7 +35,7 @@ struct Backend {
   void (*transpose)(const Context&, const TensorView& in, const TensorView& out);
   void (*measure_amax)(const Context&, const TensorView& in, TensorScale* scale);
   void (*adamw_initialise)(const Context&, const AdamwInit&);
-  void (*adamw_sum_squares)(const Context&, const AdamwArgs&, float* sums);
+  void (*adamw_measure)(const Context&, const AdamwArgs&, float* sums);
   void (*adamw_prepare)(const Context&, const AdamwArgs&);
   void (*adamw_update)(const Context&, const AdamwArgs&);
   void (*mean_scales)(const Context&, const MeanArgs&);

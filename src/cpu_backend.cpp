@@ -21,7 +21,7 @@ const Backend& cpu_backend() {
       .transpose = cpu::transpose,
       .measure_amax = cpu::measure_amax,
       .adamw_initialise = cpu::adamw_initialise,
-      .adamw_sum_squares = cpu::adamw_sum_squares,
+      .adamw_measure = cpu::adamw_measure,
       .adamw_prepare = cpu::adamw_prepare,
       .adamw_update = cpu::adamw_update,
       .mean_scales = cpu::mean_scales,

@@ -1,31 +1,87 @@
 // SPDX-License-Identifier: Apache-2.0
+// Norm, decision and set-up of a step; the update itself is in adamw_update.cu.
+#include <cooperative_groups.h>
+
 #include <algorithm>
 
 #include "cuda/check.hpp"
 #include "cuda/device/reduce.cuh"
+#include "cuda/ops/adamw_vector.cuh"
 #include "cuda/ops/cuda_ops.hpp"
-#include "octet/ops/detail/adamw_math.hpp"
+#include "octet/ops/detail/adamw_initial.hpp"
 
 namespace octet::detail::cuda {
 namespace {
 
-// 256 lanes per segment: the order of summation of the gradient norm.
+// 256 lanes per segment, each taking runs of 16 elements: the order of summation of the norm.
 constexpr int kLanes = 256;
-// One block decides the step; every thread takes every 1024th tensor.
-constexpr int kPrepareThreads = 1024;
+constexpr int kRun = 16;
+// The decision: a cluster of blocks, every thread taking every 4096th tensor. A device without
+// clusters has one block of it.
+constexpr int kPrepareThreads = 512;
+constexpr int kPrepareBlocks = 8;
 constexpr std::int64_t kMaxBlocks = 2048;
 
-__global__ void __launch_bounds__(kLanes) sum_squares_kernel(AdamwArgs args, float* sums) {
+/// A run of gradients as they decode, with 16-byte loads where the address allows it.
+template <DType D>
+__device__ void load_run(const void* data, std::int64_t at, std::int64_t count,
+                         float (&run)[2][kVector]) {
+  constexpr std::size_t kBytes = size_of(D);
+  const char* first = static_cast<const char*>(data) + at * static_cast<std::int64_t>(kBytes);
+  if (count >= kRun && reinterpret_cast<std::uintptr_t>(first) % 16 == 0) {
+    Packed<kBytes> half[2];
+    if constexpr (kBytes == 1) {
+      const uint4 all = __ldcs(reinterpret_cast<const uint4*>(first));
+      half[0] = {all.x, all.y};
+      half[1] = {all.z, all.w};
+    } else {
+      half[0] = load_packed<kBytes>(first, 0);
+      half[1] = load_packed<kBytes>(first, kVector);
+    }
+    decode<D>(half[0], run[0]);
+    decode<D>(half[1], run[1]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    run[i / kVector][i % kVector] = i < count ? load_element(data, D, at + i) : 0.0f;
+  }
+}
+
+template <DType D>
+__device__ float sum_lane(const AdamwTensor& tensor, const Segment& segment,
+                          std::uint32_t& largest) {
+  const float inv = tensor.gradient_scale->scale_inv;
+  const std::int64_t first = offsets_of(tensor, segment).gradient;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = threadIdx.x * kRun; i < segment.count; i += kLanes * kRun) {
+    float run[2][kVector];
+    load_run<D>(tensor.gradient, first + i, segment.count - i, run);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      const float g = run[k / kVector][k % kVector] * inv;
+      sum = fma_of(g, g, sum);
+      largest = larger(largest, magnitude_bits(g));
+    }
+  }
+  return sum;
+}
+
+__global__ void __launch_bounds__(kLanes) measure_kernel(AdamwArgs args, float* sums) {
   __shared__ float lanes[kLanes];
   const Segment segment = args.segments[blockIdx.x];
-  const AdamwTensor tensor = args.tensors[segment.tensor];
-  const float inv = tensor.gradient_scale->scale_inv;
-  float sum = 0.0f;
-  for (std::int64_t i = threadIdx.x; i < segment.count; i += kLanes) {
-    const float g = gradient_at(tensor, inv, segment, i);
-    sum = fma_of(g, g, sum);
+  const AdamwTensor& tensor = args.tensors[segment.tensor];
+  std::uint32_t largest = 0;
+  switch (tensor.gradient_dtype) {
+    case DType::e4m3: lanes[threadIdx.x] = sum_lane<DType::e4m3>(tensor, segment, largest); break;
+    case DType::bf16: lanes[threadIdx.x] = sum_lane<DType::bf16>(tensor, segment, largest); break;
+    default: lanes[threadIdx.x] = sum_lane<DType::f32>(tensor, segment, largest); break;
   }
-  lanes[threadIdx.x] = sum;
+  if (tensor.measure_amax) {
+    block_atomic_max(largest, reinterpret_cast<std::uint32_t*>(&tensor.gradient_scale->amax));
+  }
+  if (args.nonfinite != nullptr && !is_finite_bits(largest)) atomicOr(args.nonfinite, 1u);
   for (unsigned width = kLanes / 2; width > 0; width /= 2) {
     __syncthreads();
     if (threadIdx.x < width) lanes[threadIdx.x] += lanes[threadIdx.x + width];
@@ -33,13 +89,36 @@ __global__ void __launch_bounds__(kLanes) sum_squares_kernel(AdamwArgs args, flo
   if (threadIdx.x == 0) sums[segment.index] = lanes[0];
 }
 
+/// The blocks that decide a step together.
+struct Team {
+#if __CUDA_ARCH__ >= 900
+  __device__ static unsigned rank() { return cooperative_groups::this_cluster().block_rank(); }
+  __device__ static unsigned size() { return cooperative_groups::this_cluster().num_blocks(); }
+  __device__ static void sync() { cooperative_groups::this_cluster().sync(); }
+  /// The variable of another block's shared memory.
+  template <class T>
+  __device__ static const T& of(T& shared, unsigned rank) {
+    return *cooperative_groups::this_cluster().map_shared_rank(&shared, rank);
+  }
+#else
+  __device__ static unsigned rank() { return 0; }
+  __device__ static unsigned size() { return 1; }
+  __device__ static void sync() { __syncthreads(); }
+  template <class T>
+  __device__ static const T& of(T& shared, unsigned) {
+    return shared;
+  }
+#endif
+};
+
 /// The binary tree over all segments: every thread sums an aligned run of a power of two, then the
-/// runs are paired up. The same tree as pairwise_sum over everything.
+/// runs are paired up, in the block and then over the blocks. The same tree as pairwise_sum over
+/// everything. Valid in thread 0.
 __device__ double sum_of_segments(const AdamwArgs& args) {
   __shared__ double runs[kPrepareThreads];
   std::int64_t length = 1;
-  while (length * kPrepareThreads < args.total_segments) length *= 2;
-  const std::int64_t begin = std::int64_t{threadIdx.x} * length;
+  while (length * kPrepareThreads * Team::size() < args.total_segments) length *= 2;
+  const std::int64_t begin = (std::int64_t{Team::rank()} * kPrepareThreads + threadIdx.x) * length;
   const std::int64_t left = args.total_segments - begin;
   const std::int64_t count = left < 0 ? 0 : left < length ? left : length;
   runs[threadIdx.x] = pairwise_sum(
@@ -48,8 +127,21 @@ __device__ double sum_of_segments(const AdamwArgs& args) {
     __syncthreads();
     if (threadIdx.x % (2 * stride) == 0) runs[threadIdx.x] += runs[threadIdx.x + stride];
   }
-  __syncthreads();
-  return runs[0];
+  Team::sync();
+  if (threadIdx.x != 0) return 0.0;
+  return pairwise_sum(Team::size(),
+                      [&](std::int64_t r) { return Team::of(runs[0], static_cast<unsigned>(r)); });
+}
+
+/// Whether any thread of any block says so.
+__device__ bool any_of_team(bool mine) {
+  __shared__ int any;
+  const int block = __syncthreads_or(mine ? 1 : 0);
+  if (threadIdx.x == 0) any = block;
+  Team::sync();
+  bool result = false;
+  for (unsigned r = 0; r < Team::size(); ++r) result = result || Team::of(any, r) != 0;
+  return result;
 }
 
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(AdamwArgs args) {
@@ -57,23 +149,35 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(AdamwArgs args
   const double sum = args.max_norm > 0.0f ? sum_of_segments(args) : 0.0;
   if (threadIdx.x == 0) {
     s = *args.scalars;
-    begin_step(s, args.config, args.lr_device != nullptr ? *args.lr_device : args.lr);
-    measure_clip(s, args.max_norm, args.config.maximize, [&] { return sum; });
+    measure_clip(s, args.max_norm, args.config.maximize, sum);
+    s.lr = args.lr_device != nullptr ? *args.lr_device : args.lr;
   }
   __syncthreads();
-  bool skip = must_skip(s, args.nonfinite);
-  for (std::int64_t t = threadIdx.x; t < args.tensor_count; t += kPrepareThreads) {
-    skip = skip || !bounds_are_finite(bounds_of(s, args.tensors[t]), args.tensors[t]);
+  const std::int64_t first = std::int64_t{Team::rank()} * kPrepareThreads + threadIdx.x;
+  const std::int64_t threads = std::int64_t{Team::size()} * kPrepareThreads;
+  for (std::int64_t g = first; g < args.group_count; g += threads) {
+    args.group_scalars[g] =
+        group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
   }
-  skip = __syncthreads_or(skip ? 1 : 0) != 0;
-  if (threadIdx.x == 0) {
+  bool skip = must_skip(s, args.nonfinite);
+  Team::sync();  // the groups are written; no block needs the old scalars any more
+  for (std::int64_t t = first; t < args.tensor_count; t += threads) {
+    const AdamwTensor& tensor = args.tensors[t];
+    const AdamwGroupScalars& group = args.group_scalars[tensor.group];
+    skip = skip || !bounds_are_finite(bounds_of(s, group, tensor), group, tensor.formats);
+  }
+  skip = any_of_team(skip);
+  for (std::int64_t t = first; t < args.tensor_count; t += threads) {
+    const AdamwTensor& tensor = args.tensors[t];
+    const AdamwGroupScalars& group = args.group_scalars[tensor.group];
+    if (!skip) begin_tensor(s, group, tensor, bounds_of(s, group, tensor), args.steps[t]);
+    end_gradient(tensor);
+  }
+  if (first == 0) {
     end_decision(s, skip, args.nonfinite);
     *args.scalars = s;
   }
-  if (skip) return;
-  for (std::int64_t t = threadIdx.x; t < args.tensor_count; t += kPrepareThreads) {
-    renew_scales(args.tensors[t], bounds_of(s, args.tensors[t]), args.scales[t]);
-  }
+  Team::sync();  // no block leaves while another reads its shared memory
 }
 
 __global__ void initialise_scales_kernel(AdamwTensor tensor) {
@@ -121,17 +225,28 @@ void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   OCTET_CUDA_CHECK(cudaGetLastError());
 }
 
-void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums) {
+void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums) {
   set_device(ctx);
-  sum_squares_kernel<<<static_cast<unsigned>(args.segment_count), kLanes, 0, ctx.stream()>>>(args,
-                                                                                             sums);
+  measure_kernel<<<static_cast<unsigned>(args.segment_count), kLanes, 0, ctx.stream()>>>(args,
+                                                                                         sums);
   OCTET_CUDA_CHECK(cudaGetLastError());
 }
 
 void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
   set_device(ctx);
-  prepare_kernel<<<1, kPrepareThreads, 0, ctx.stream()>>>(args);
-  OCTET_CUDA_CHECK(cudaGetLastError());
+  int major = 0;
+  OCTET_CUDA_CHECK(
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ctx.device().index));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kPrepareBlocks, 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = major >= 9 ? kPrepareBlocks : 1;
+  launch.blockDim = kPrepareThreads;
+  launch.stream = ctx.stream();
+  launch.attrs = &cluster;
+  launch.numAttrs = major >= 9 ? 1 : 0;
+  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, prepare_kernel, args));
 }
 
 }  // namespace octet::detail::cuda

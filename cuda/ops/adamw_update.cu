@@ -1,223 +1,469 @@
 // SPDX-License-Identifier: Apache-2.0
 // The second half of a step. One kernel for every combination of formats, which it reads from the
-// table; the combinations of the levels have paths with vector access and hardware conversions, and
-// the same bits.
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-
+// table; some rows of formats have a path with formats known at compile time, and the same bits.
 #include "cuda/check.hpp"
+#include "cuda/ops/adamw_vector.cuh"
 #include "cuda/ops/cuda_ops.hpp"
-#include "octet/ops/detail/adamw_math.hpp"
 
 namespace octet::detail::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-// 80 registers a thread: the specialised paths need no more, the general one spills a little.
-constexpr int kBlocksPerSm = 3;
-// Elements that a thread of a specialised path holds at a time: 16 bytes of a 2-byte format.
-constexpr int kVector = 8;
+constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 5;  // 96 registers a thread: the row of O2 needs no more
+// Side of a tile: what a block of threads handles of a weight that is also written transposed.
+constexpr std::int64_t kTile = 128;
 
-constexpr AdamwFormats kRowO0 = {
-    .gradient = DType::bf16, .weight = DType::bf16, .has_weight = true};
-constexpr AdamwFormats kRowO1 = {
-    .gradient = DType::e4m3, .master = DType::f16, .weight = DType::e4m3, .has_weight = true};
-constexpr AdamwFormats kRowO2 = {.gradient = DType::e4m3,
-                                 .master = DType::f16,
-                                 .m = DType::e4m3,
-                                 .v = DType::f16,
-                                 .weight = DType::e4m3,
-                                 .has_weight = true};
+using Weight = WeightFormat;
+using State = StateFormat;
+constexpr AdamwRow kRowO0{DType::bf16, {.weight = Weight::bf16}};
+constexpr AdamwRow kRowO1{DType::e4m3, {.weight = Weight::e4m3, .master = State::f16}};
+constexpr AdamwRow kRowO2{DType::e4m3, {Weight::e4m3, State::f16, State::e4m3, State::f16}};
+constexpr AdamwRow kRowO2Transposed{
+    DType::e4m3, {Weight::e4m3_and_transpose, State::f16, State::e4m3, State::f16}};
+constexpr AdamwRow kRowO3{DType::f32, {Weight::e4m3, State::f16, State::e4m3, State::f16}};
+constexpr AdamwRow kRowBlocks{
+    DType::e4m3, {Weight::e4m3, State::split, State::e4m3_block, State::sqrt_e4m3_block}};
 
-/// The conversions of SoftwareCodec as single instructions: the same bits for every code that is
-/// not a NaN, and states hold none.
-struct HardwareCodec {
-  __device__ static float decode(DType dtype, std::uint32_t code) {
-    if (dtype == DType::f16) {
-      return __half2float(__ushort_as_half(static_cast<std::uint16_t>(code)));
-    }
-    if (dtype == DType::e4m3) {
-      return __half2float(
-          __half(__nv_cvt_fp8_to_halfraw(static_cast<std::uint8_t>(code), __NV_E4M3)));
-    }
-    return SoftwareCodec::decode(dtype, code);
-  }
-  __device__ static std::uint32_t nearest(DType dtype, float y) {
-    if (dtype == DType::e4m3) return __nv_cvt_float_to_fp8(y, __NV_SATFINITE, __NV_E4M3);
-    return SoftwareCodec::nearest(dtype, y);
-  }
+/// The first elements of a segment in the buffers of its tensor.
+struct Streams {
+  char *gradient, *master, *m, *v, *weight;
+  float *m_blocks, *v_blocks;
 };
+
+/// What the threads of a block share.
+struct Work {
+  AdamwTensor tensor;
+  AdamwTensorStep step;
+  Streams streams;
+  FieldMasks masks;
+};
+
+struct UpdateArgs {
+  AdamwArgs adamw;
+  PhiloxKeys keys;
+};
+
+/// The elements of a segment as blocks of 128: where the first starts and how far the next is.
+/// Usually they follow one another; for a transposed weight they are the rows of a 128 x 128 tile
+/// of the panel, as many tiles as the panel has segments.
+struct Walk {
+  std::int64_t first;  ///< counted in the tensor
+  std::int64_t stride;
+  bool is_tile;
+};
+
+__device__ Walk walk_of(const AdamwTensor& t, const Segment& segment) {
+  const std::int64_t panel = kTile * t.columns;
+  if (t.formats.weight == WeightFormat::e4m3_and_transpose && t.columns % kTile == 0) {
+    const std::int64_t start = segment.begin / panel * panel;
+    if (start + panel <= t.rows * t.columns) {
+      return {start + (segment.begin - start) / kSegmentElements * kTile, t.columns, true};
+    }
+  }
+  return {segment.begin, kStateBlock, false};
+}
+
+__device__ AdamwOffsets offsets_at(const AdamwTensor& t, const Segment& segment,
+                                   std::int64_t first) {
+  const AdamwOffsets at = offsets_of(t, segment);
+  const std::int64_t shift = first - segment.begin;
+  return {at.gradient + shift, at.master + shift, at.state + shift, at.weight + shift};
+}
 
 template <std::size_t Bytes>
-struct CodeOf {
-  using Type = std::uint32_t;
-};
-template <>
-struct CodeOf<2> {
-  using Type = std::uint16_t;
-};
-template <>
-struct CodeOf<1> {
-  using Type = std::uint8_t;
-};
-
-/// Consecutive codes of one format, loaded and stored as 8 or 16 bytes at a time.
-template <DType D>
-struct alignas(size_of(D) == 1 ? 8 : 16) Codes {
-  using Code = typename CodeOf<size_of(D)>::Type;
-  Code code[kVector];
-  __device__ void set(int k, std::uint32_t value) { code[k] = static_cast<Code>(value); }
-};
-
-template <DType D>
-__device__ Codes<D> load_codes(const void* data, std::int64_t i) {
-  return *reinterpret_cast<const Codes<D>*>(static_cast<const char*>(data) + i * size_of(D));
-}
-template <DType D>
-__device__ void store_codes(void* data, std::int64_t i, const Codes<D>& codes) {
-  *reinterpret_cast<Codes<D>*>(static_cast<char*>(data) + i * size_of(D)) = codes;
+__device__ bool is_aligned(const void* data, std::int64_t i) {
+  return (reinterpret_cast<std::uintptr_t>(data) + i * Bytes) % (Bytes == 1 ? 8 : 16) == 0;
 }
 
-__device__ bool is_aligned(const void* data, DType dtype, std::int64_t i) {
-  const auto bytes = static_cast<std::int64_t>(size_of(dtype));
-  const auto address = reinterpret_cast<std::uintptr_t>(static_cast<const char*>(data) + i * bytes);
-  return address % (bytes == 1 ? 8 : 16) == 0;
+/// Whether a segment can take the path of a row.
+template <AdamwRow R>
+__device__ bool fits(const Work& work, const AdamwOffsets& at, const Walk& walk) {
+  constexpr StateFormats F = R.formats;
+  const AdamwTensor& t = work.tensor;
+  const AdamwTensorStep& s = work.step;
+  if (t.gradient_dtype != R.gradient || t.formats.weight != F.weight ||
+      t.formats.master != F.master || t.formats.m != F.m || t.formats.v != F.v) {
+    return false;
+  }
+  if (s.ordinary == 0 || s.group.l2 != 0.0f) return false;
+  if (F.master == StateFormat::f16) {
+    const float ratio = s.master_scale_inv * s.weight_scale;
+    if (ratio != 0x1p-7f && ratio != 0x1p-8f) return false;
+  }
+  if (F.master == StateFormat::split && s.master_inv > 0x1p6f) return false;  // see update_vectors
+  if (F.weight == WeightFormat::e4m3_and_transpose) {
+    if (!walk.is_tile || !is_aligned<1>(t.weight_transposed, 0) || t.rows % 8 != 0 ||
+        t.columns > (std::int64_t{1} << 23)) {  // 32-bit offsets within a tile
+      return false;
+    }
+  }
+  return is_aligned<size_of(R.gradient)>(t.gradient, at.gradient) &&
+         is_aligned<size_of(F.master)>(t.master, at.master) &&
+         is_aligned<size_of(F.m)>(t.m, at.state) && is_aligned<size_of(F.v)>(t.v, at.state) &&
+         is_aligned<size_of(dtype_of(F.weight))>(t.weight, at.weight);
 }
 
-__device__ bool is_aligned(const AdamwTensor& t, const AdamwOffsets& at) {
-  return is_aligned(t.gradient, t.gradient_dtype, at.gradient) &&
-         is_aligned(t.master, t.master_dtype, at.master) && is_aligned(t.m, t.m_dtype, at.state) &&
-         is_aligned(t.v, t.v_dtype, at.state) && is_aligned(t.weight, t.weight_dtype, at.weight);
+__device__ Streams streams_of(const AdamwTensor& t, const AdamwOffsets& at) {
+  const auto start = [](const void* data, std::int64_t i, std::size_t bytes) {
+    return static_cast<char*>(const_cast<void*>(data)) + i * static_cast<std::int64_t>(bytes);
+  };
+  return {start(t.gradient, at.gradient, size_of(t.gradient_dtype)),
+          start(t.master, at.master, size_of(t.formats.master)),
+          start(t.m, at.state, size_of(t.formats.m)),
+          start(t.v, at.state, size_of(t.formats.v)),
+          start(t.weight, at.weight, size_of(dtype_of(t.formats.weight))),
+          t.m_blocks + at.state / kStateBlock,
+          t.v_blocks + at.state / kStateBlock};
 }
 
-template <AdamwFormats F>
-__device__ bool has_formats(const AdamwTensor& t) {
-  return t.gradient_dtype == F.gradient && t.master_dtype == F.master && t.m_dtype == F.m &&
-         t.v_dtype == F.v && t.weight_dtype == F.weight && t.weight != nullptr;
-}
+/// The codes of a vector.
+template <AdamwRow R>
+struct Codes {
+  Packed<size_of(R.gradient)> gradient;
+  Packed<size_of(R.formats.master)> master;
+  Packed<size_of(R.formats.m)> m;
+  Packed<size_of(R.formats.v)> v;
+  Packed<size_of(dtype_of(R.formats.weight))> weight;
 
-/// What all elements of a segment share.
-struct Work {
-  AdamwScalars s;
-  AdamwTensor tensor;
-  AdamwScales scales;
-  AdamwOffsets at;
-  std::uint64_t seed;
-  std::uint64_t first;  ///< global index of the first element
-  std::int64_t count;
-  float factor;
-
-  __device__ RandomWords words(std::int64_t i) const {
-    return philox(seed, static_cast<std::uint64_t>(s.step),
-                  (first + static_cast<std::uint64_t>(i)) >> 2);
+  __device__ void load(const Streams& from, int i) {
+    gradient = load_packed<size_of(R.gradient)>(from.gradient, i);
+    master = load_packed<size_of(R.formats.master)>(from.master, i);
+    m = load_packed<size_of(R.formats.m)>(from.m, i);
+    v = load_packed<size_of(R.formats.v)>(from.v, i);
+    if constexpr (R.formats.master == StateFormat::split) weight = load_packed<1>(from.weight, i);
+  }
+  __device__ void store(const Streams& to, int i) const {
+    store_packed(to.master, i, master);
+    store_packed(to.m, i, m);
+    store_packed(to.v, i, v);
+    store_packed(to.weight, i, weight);
   }
 };
 
-/// All whole vectors of a segment; returns the number of elements done.
-template <AdamwFormats F>
-__device__ std::int64_t update_vectors(const Work& work, AdamwAmax& amax) {
-  const AdamwTensor& t = work.tensor;
-  const std::int64_t end = work.count / kVector * kVector;
-  for (std::int64_t i = std::int64_t{threadIdx.x} * kVector; i < end; i += kThreads * kVector) {
-    const auto gradient = load_codes<F.gradient>(t.gradient, work.at.gradient + i);
-    auto master = load_codes<F.master>(t.master, work.at.master + i);
-    auto m = load_codes<F.m>(t.m, work.at.state + i);
-    auto v = load_codes<F.v>(t.v, work.at.state + i);
-    Codes<F.weight> weight;
+template <AdamwRow R, class Math>
+__device__ void update_values(const AdamwTensorStep& s, const Codes<R>& codes, float m_inv,
+                              float v_inv, AdamwValues (&values)[kVector], Math& math) {
+  float gradient[kVector], master[kVector], m[kVector], v[kVector];
+  decode<R.gradient>(codes.gradient, gradient);
+  if constexpr (R.formats.master == StateFormat::split) {
+    decode_split(codes.weight, codes.master, master);
+  } else {
+    decode<R.formats.master>(codes.master, master);
+  }
+  decode<R.formats.m>(codes.m, m);
+  decode<R.formats.v>(codes.v, v);
 #pragma unroll
-    for (int quad = 0; quad < kVector; quad += 4) {
-      const RandomWords words = work.words(i + quad);
+  for (int i = 0; i < kVector; ++i) {
+    values[i] = updated(s, R.formats, {gradient[i], master[i], m[i], v[i]}, m_inv, v_inv, math);
+  }
+}
+
+/// Whether both moments are quantised, so that no small number is left over from long ago.
+constexpr bool takes_fast_math(const StateFormats& f) {
+  return f.m != StateFormat::f32 && f.v != StateFormat::f32;
+}
+
+/// The same by IeeeMath, for the rare vector that FastMath cannot do. Reads it once more, so that
+/// the usual path need not keep it.
+template <AdamwRow R>
+__device__ __noinline__ void update_values_again(const Work& work, int i, float m_inv, float v_inv,
+                                                 AdamwValues* values) {
+  Codes<R> codes;
+  codes.load(work.streams, i);
+  IeeeMath math;
+  AdamwTensorStep s = work.step;
+  if (R.formats.master == StateFormat::split) s.master_inv *= 0x1p120f;
+  AdamwValues result[kVector];
+  update_values<R>(s, codes, m_inv, v_inv, result, math);
+  for (int k = 0; k < kVector; ++k) values[k] = result[k];
+}
+
+/// Writes the tile of weights that the block of threads has left in shared memory, transposed:
+/// every thread 8 x 8 of it at a time, 16 threads 128 consecutive bytes.
+__device__ void store_transposed(const uint2* tile, std::uint8_t* out, std::int64_t rows) {
+  __syncthreads();
+  const unsigned group = threadIdx.x % 16;  // of rows
+  for (unsigned columns = threadIdx.x / 16; columns < 16; columns += kThreads / 16) {
+    uint2 in[8];
 #pragma unroll
-      for (int k = quad; k < quad + 4; ++k) {
-        AdamwCodes c{gradient.code[k], master.code[k], m.code[k], v.code[k], 0};
-        update_codes<HardwareCodec>(work.s, F, true, work.scales, t.weight_decay, work.factor,
-                                    words.word[k - quad], c, amax);
-        master.set(k, c.master);
-        m.set(k, c.m);
-        v.set(k, c.v);
-        weight.set(k, c.weight);
+    for (unsigned r = 0; r < 8; ++r) in[r] = tile[(8 * group + r) * 16 + (columns ^ group)];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t word[4][2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const auto row = [&](int r) { return half == 0 ? in[4 * k + r].x : in[4 * k + r].y; };
+        const std::uint32_t low = __byte_perm(row(0), row(1), 0x5140);
+        const std::uint32_t high = __byte_perm(row(0), row(1), 0x7362);
+        const std::uint32_t low2 = __byte_perm(row(2), row(3), 0x5140);
+        const std::uint32_t high2 = __byte_perm(row(2), row(3), 0x7362);
+        word[0][k] = __byte_perm(low, low2, 0x5410);
+        word[1][k] = __byte_perm(low, low2, 0x7632);
+        word[2][k] = __byte_perm(high, high2, 0x5410);
+        word[3][k] = __byte_perm(high, high2, 0x7632);
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        *reinterpret_cast<uint2*>(out + (8 * columns + 4 * half + c) * rows + 8 * group) = {
+            word[c][0], word[c][1]};
       }
     }
-    store_codes<F.master>(t.master, work.at.master + i, master);
-    store_codes<F.m>(t.m, work.at.state + i, m);
-    store_codes<F.v>(t.v, work.at.state + i, v);
-    store_codes<F.weight>(t.weight, work.at.weight + i, weight);
   }
-  return end;
 }
 
-/// The elements from `begin`, a multiple of 4, on; any formats, any alignment.
-__device__ void update_elements(const Work& work, std::int64_t begin, AdamwAmax& amax) {
-  for (std::int64_t group = begin + 4 * std::int64_t{threadIdx.x}; group < work.count;
-       group += 4 * kThreads) {
-    const RandomWords words = work.words(group);
+/// All whole vectors of a segment (of block formats all whole blocks); returns the number of
+/// elements done.
+template <AdamwRow R>
+__device__ int update_vectors(const UpdateArgs& args, const Work& work, const Segment& segment,
+                              const Walk& walk, AdamwAmax& of_thread) {
+  constexpr StateFormats F = R.formats;
+  constexpr bool kHasBlocks = is_block(F.m);
+  static_assert(is_block(F.m) == is_block(F.v));  // renew_blocks sees to both
+  constexpr bool kTransposes = F.weight == WeightFormat::e4m3_and_transpose;
+  const AdamwTensor& t = work.tensor;
+  AdamwTensorStep s = work.step;
+  s.group.l2 = 0.0f;
+  if (F.master == StateFormat::split) s.master_inv *= 0x1p120f;  // what decode_split left out
+  const FieldMasks masks = work.masks;
+  const auto step = static_cast<std::uint64_t>(args.adamw.scalars->step);
+  // Groups of four elements share a call of the generator.
+  const std::uint64_t first = (t.random_base + static_cast<std::uint64_t>(walk.first)) / 4;
+  const __half2 ratio = __float2half2_rn(s.master_scale_inv * s.weight_scale);
+  const int vectors =
+      kHasBlocks ? segment.count / kStateBlock * kBlockThreads : segment.count / kVector;
+  const int stride = static_cast<int>(walk.stride);
+  const int in_block = threadIdx.x % kBlockThreads;
+  __shared__ uint2 tile[kTransposes ? kTile * kTile / kVector : 1];
+  AdamwAmax largest;
+  std::uint32_t largest_inv = 0;
+  int i = threadIdx.x / kBlockThreads * stride + in_block * kVector;
+  for (int vector = threadIdx.x; vector - in_block < vectors;
+       vector += kThreads, i += kThreads / kBlockThreads * stride) {
+    const bool active = vector < vectors;
+    if (!kHasBlocks && !active) break;
+    Codes<R> codes{};
+    if (active) codes.load(work.streams, i);
+    float m_inv = s.m_inv, v_inv = s.v_inv, m_scale = s.m_scale, v_scale = s.v_scale;
+    const int block = i / static_cast<int>(kStateBlock);
+    if (kHasBlocks && active) {
+      m_inv = work.streams.m_blocks[block];
+      v_inv = work.streams.v_blocks[block];
+    }
+    AdamwValues values[kVector];
+    if constexpr (takes_fast_math(F)) {
+      FastMath math;
+      update_values<R>(s, codes, m_inv, v_inv, values, math);
+      if (active && !math.is_exact()) {
+        AdamwValues again[kVector];
+        update_values_again<R>(work, i, m_inv, v_inv, again);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (group + i < work.count) {
-        update_element(work.s, work.tensor, work.scales, work.at, group + i, work.factor,
-                       words.word[i], amax);
+        for (int k = 0; k < kVector; ++k) values[k] = again[k];
       }
+    } else {
+      IeeeMath math;
+      update_values<R>(s, codes, m_inv, v_inv, values, math);
+    }
+    if constexpr (kHasBlocks) {
+      float m_amax = 0.0f, v_amax = 0.0f;
+#pragma unroll
+      for (const AdamwValues& x : values) {
+        m_amax = fmaxf(m_amax, fabsf(x.m));
+        v_amax = fmaxf(v_amax, x.second);
+      }
+      const BlockScales scales = renew_blocks(m_amax, v_amax);
+      m_scale = scales.m;
+      v_scale = scales.v;
+      largest_inv = larger(largest_inv, float_bits(scales.inv));
+      if (active && in_block == 0) work.streams.m_blocks[block] = scales.inv;
+      if (active && in_block == kBlockThreads / 2) work.streams.v_blocks[block] = scales.inv;
+    }
+    std::uint32_t m[kVector], v[kVector], master[kVector];
+#pragma unroll
+    for (int quad = 0; quad < kVector; quad += 4) {
+      const RandomWords words =
+          philox(args.keys, step, first + static_cast<unsigned>(i + quad) / 4);
+#pragma unroll
+      for (int k = quad; k < quad + 4; ++k) {
+        const AdamwValues& x = values[k];
+        const std::uint32_t word = words.word[k - quad];
+        m[k] = rounded<F.m>(fabsf(x.m), m_scale, noise_m<F.m>(word, masks));
+        v[k] = rounded<F.v>(x.second, v_scale, noise_v<F.v>(word, masks));
+        master[k] = rounded<F.master>(fabsf(x.master), s.master_scale, noise_master(word, masks));
+        if constexpr (F.v != StateFormat::f32) {
+          // A positive v, which here is no subnormal, is at least the smallest code.
+          const std::uint32_t least = min(float_bits(x.second), 1u << top_of(F.v));
+          v[k] = max(v[k], least);
+        }
+        if (!kHasBlocks) largest.m = max(largest.m, m[k]);
+        if (!kHasBlocks) largest.v = max(largest.v, v[k]);
+        largest.master = max(largest.master, master[k]);
+        m[k] = with_sign<F.m>(m[k], x.m);
+        master[k] = with_sign<F.master>(master[k], x.master);
+      }
+    }
+    if (!active) continue;
+    codes.m = pack<top_of(F.m)>(m);
+    codes.v = pack<top_of(F.v)>(v);
+    if constexpr (F.master == StateFormat::split) {
+      halve_split(pack<16>(master), codes.weight, codes.master);
+    } else {
+      codes.master = pack<top_of(F.master)>(master);
+      if constexpr (F.weight == WeightFormat::bf16) {
+        codes.weight = bf16_weight(codes.master);
+      } else {
+        codes.weight = e4m3_weight(codes.master, ratio);
+      }
+    }
+    codes.store(work.streams, i);
+    if constexpr (kTransposes) {
+      const unsigned row = vector / kBlockThreads;
+      tile[row * kBlockThreads + (in_block ^ (row / 8))] = {codes.weight.word[0],
+                                                            codes.weight.word[1]};
+    }
+  }
+  if constexpr (kTransposes) {
+    const std::int64_t row = walk.first / t.columns, column = walk.first % t.columns;
+    store_transposed(tile, static_cast<std::uint8_t*>(t.weight_transposed) + column * t.rows + row,
+                     t.rows);
+  }
+  if (kHasBlocks) {
+    (in_block < kBlockThreads / 2 ? of_thread.m : of_thread.v) = largest_inv;
+  } else {
+    of_thread.m = largest.m >> top_of(F.m);
+    of_thread.v = largest.v >> top_of(F.v);
+  }
+  of_thread.master = largest.master >> top_of(F.master);
+  return vectors * kVector;
+}
+
+/// The elements from `begin` on, a multiple of 4 (of 128 for block formats): any formats, any
+/// alignment. A warp takes a block of 128 at a time.
+__device__ void update_elements(const UpdateArgs& args, const Work& work, const Segment& segment,
+                                std::int64_t begin, AdamwAmax& largest) {
+  const AdamwTensor& t = work.tensor;
+  const AdamwTensorStep& s = work.step;
+  const StateFormats& f = t.formats;
+  const AdamwOffsets at = offsets_of(t, segment);
+  const auto step = static_cast<std::uint64_t>(args.adamw.scalars->step);
+  const std::uint64_t first = t.random_base + static_cast<std::uint64_t>(segment.begin);
+  const unsigned lane = threadIdx.x % 32;
+  const auto warp_max = [](float x) {
+    return bits_float(__reduce_max_sync(0xFFFFFFFFu, float_bits(x)));
+  };
+  for (std::int64_t group = begin + threadIdx.x / 32 * kStateBlock; group < segment.count;
+       group += kThreads / 32 * kStateBlock) {
+    const std::int64_t mine = group + 4 * lane;
+    const std::int64_t block = (at.state + group) / kStateBlock;
+    const float m_inv = is_block(f.m) ? t.m_blocks[block] : s.m_inv;
+    const float v_inv = is_block(f.v) ? t.v_blocks[block] : s.v_inv;
+    AdamwValues values[4];
+    float m_amax = 0.0f, v_amax = 0.0f;
+    IeeeMath math;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (mine + k >= segment.count) continue;
+      values[k] = updated(s, f, load_input(t, at, mine + k), m_inv, v_inv, math);
+      m_amax = fmaxf(m_amax, abs_of(values[k].m));
+      v_amax = fmaxf(v_amax, values[k].second);
+    }
+    float m_scale = s.m_scale, v_scale = s.v_scale;
+    const auto renew = [&](float amax, float* blocks, float& scale, std::uint32_t& largest_inv) {
+      const BlockScale next = block_scale(warp_max(amax));
+      scale = next.scale;
+      if (lane == 0) blocks[block] = next.inv;
+      largest_inv = larger(largest_inv, float_bits(next.inv));
+    };
+    __syncwarp();  // all have read the old scales
+    if (is_block(f.m)) renew(m_amax, t.m_blocks, m_scale, largest.m);
+    if (is_block(f.v)) renew(v_amax, t.v_blocks, v_scale, largest.v);
+    const RandomWords words =
+        philox(args.keys, step, (first + static_cast<std::uint64_t>(mine)) >> 2);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (mine + k >= segment.count) continue;
+      const AdamwCodes codes = encoded(s, f, args.adamw.config.stochastic_rounding, values[k],
+                                       m_scale, v_scale, words.word[k]);
+      largest.raise(f, codes);
+      store_codes(t, at, mine + k, codes);
     }
   }
 }
 
 /// Raises the amax of the tensor's scales to the block's: one atomic each, exact in any order.
-__device__ void raise_amax(const Work& work, const AdamwAmax& codes) {
-  __shared__ AdamwAmax largest;
-  if (threadIdx.x == 0) largest = AdamwAmax{};
-  __syncthreads();
+__device__ void publish(const Work& work, const AdamwAmax& mine, AdamwAmax& of_block) {
   const auto raise = [](std::uint32_t code, std::uint32_t* word) {
     const std::uint32_t of_warp = __reduce_max_sync(0xFFFFFFFFu, code);
     if (threadIdx.x % 32 == 0) atomicMax(word, of_warp);
   };
-  raise(codes.m, &largest.m);
-  raise(codes.v, &largest.v);
-  raise(codes.master, &largest.master);
-  raise(codes.weight, &largest.weight);
+  raise(mine.m, &of_block.m);
+  raise(mine.v, &of_block.v);
+  raise(mine.master, &of_block.master);
   __syncthreads();
   if (threadIdx.x != 0) return;
-  const AdamwAmax amax = decoded_amax(formats_of(work.tensor), work.scales, largest);
-  const auto publish = [](std::uint32_t bits, TensorScale* scale) {
+  const AdamwAmaxBits amax = decoded_amax(work.tensor.formats, work.step, of_block);
+  const auto to_scale = [](std::uint32_t bits, TensorScale* scale) {
     if (bits != 0) atomicMax(reinterpret_cast<std::uint32_t*>(&scale->amax), bits);
   };
-  publish(amax.m, work.tensor.m_scale);
-  publish(amax.v, work.tensor.v_scale);
-  publish(amax.master, work.tensor.master_scale);
-  publish(amax.weight, work.tensor.weight_scale);
+  to_scale(amax.m, work.tensor.m_scale);
+  to_scale(amax.v, work.tensor.v_scale);
+  to_scale(amax.master, work.tensor.master_scale);
+  to_scale(amax.weight, work.tensor.weight_scale);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) update_kernel(AdamwArgs args) {
-  if (args.scalars->skip != 0) return;
-  const Segment segment = args.segments[blockIdx.x];
-  Work work;
-  work.s = *args.scalars;
-  work.tensor = args.tensors[segment.tensor];
-  work.scales = args.scales[segment.tensor];
-  work.at = offsets_of(work.tensor, segment);
-  work.seed = args.config.seed;
-  work.first = work.tensor.random_base + static_cast<std::uint64_t>(segment.begin);
-  work.count = segment.count;
-  work.factor = weight_factor(work.s, work.tensor.weight_decay);
-  AdamwAmax codes;
-  std::int64_t done = 0;
-  if (work.s.stochastic != 0 && is_aligned(work.tensor, work.at)) {
-    if (has_formats<kRowO2>(work.tensor)) {
-      done = update_vectors<kRowO2>(work, codes);
-    } else if (has_formats<kRowO1>(work.tensor)) {
-      done = update_vectors<kRowO1>(work, codes);
-    } else if (has_formats<kRowO0>(work.tensor)) {
-      done = update_vectors<kRowO0>(work, codes);
-    }
+template <class T>
+__device__ void copy_words(T& to, const T& from, unsigned thread) {
+  constexpr unsigned kWords = sizeof(T) / 4;
+  static_assert(sizeof(T) % 4 == 0 && kWords <= kThreads / 2);
+  if (thread < kWords) {
+    reinterpret_cast<std::uint32_t*>(&to)[thread] =
+        reinterpret_cast<const std::uint32_t*>(&from)[thread];
   }
-  if (done < work.count) update_elements(work, done, codes);
-  raise_amax(work, codes);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    update_kernel(const __grid_constant__ UpdateArgs args) {
+  __shared__ alignas(16) char work_bytes[sizeof(Work)];
+  __shared__ AdamwAmax of_block;
+  Work& work = *reinterpret_cast<Work*>(work_bytes);
+  const std::uint32_t skip = args.adamw.scalars->skip;
+  const Segment segment = args.adamw.segments[blockIdx.x];
+  if (skip != 0) return;
+  if (threadIdx.x < kThreads / 2) {
+    copy_words(work.tensor, args.adamw.tensors[segment.tensor], threadIdx.x);
+  } else {
+    copy_words(work.step, args.adamw.steps[segment.tensor], threadIdx.x - kThreads / 2);
+  }
+  __syncthreads();
+  const Walk walk = walk_of(work.tensor, segment);
+  const AdamwOffsets at = offsets_at(work.tensor, segment, walk.first);
+  if (threadIdx.x == 0) {
+    work.streams = streams_of(work.tensor, at);
+    work.masks = kFieldMasks;
+    of_block = AdamwAmax{};
+  }
+  __syncthreads();
+  AdamwAmax largest;
+  int done = 0;
+  const auto attempt = [&]<AdamwRow R>() {
+    if (!fits<R>(work, at, walk)) return false;
+    done = update_vectors<R>(args, work, segment, walk, largest);
+    return true;
+  };
+  if (args.adamw.config.stochastic_rounding) {
+    attempt.operator()<kRowO2>() || attempt.operator()<kRowO2Transposed>() ||
+        attempt.operator()<kRowBlocks>() || attempt.operator()<kRowO3>() ||
+        attempt.operator()<kRowO1>() || attempt.operator()<kRowO0>();
+  }
+  if (done < segment.count) update_elements(args, work, segment, done, largest);
+  publish(work, largest, of_block);
 }
 
 }  // namespace
 
 void adamw_update(const Context& ctx, const AdamwArgs& args) {
   set_device(ctx);
-  update_kernel<<<static_cast<unsigned>(args.segment_count), kThreads, 0, ctx.stream()>>>(args);
+  const UpdateArgs update{args, philox_keys(args.config.seed)};
+  update_kernel<<<static_cast<unsigned>(args.segment_count), kThreads, 0, ctx.stream()>>>(update);
   OCTET_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -43,7 +43,8 @@ class Gpt::Registration {
 
   /// Weight decay is for matrices only.
   Weight vector(const std::string& name, std::int64_t count, float value) {
-    return add(name, {count}, std::vector<float>(static_cast<std::size_t>(count), value), 0.0f);
+    return add(name, {count}, std::vector<float>(static_cast<std::size_t>(count), value),
+               octet::AdamWGroup{.weight_decay = 0.0f});
   }
 
   Norm norm(const std::string& name, std::int64_t width) {
@@ -55,11 +56,10 @@ class Gpt::Registration {
 
  private:
   Weight add(const std::string& name, octet::Shape shape, const std::vector<float>& values,
-             std::optional<float> weight_decay) {
+             std::optional<octet::AdamWGroup> group) {
     initial_.push_back(octet::upload_sync<float>(ctx_, values));
     const octet::TensorView init{initial_.back().data(), octet::DType::f32, shape, ctx_.device()};
-    return {engine_.add({.name = name, .shape = shape, .init = init, .weight_decay = weight_decay}),
-            shape};
+    return {engine_.add({.name = name, .shape = shape, .init = init, .group = group}), shape};
   }
 
   octet::Context ctx_;

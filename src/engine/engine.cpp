@@ -23,7 +23,12 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   impl_->plan.sharding = config.sharding.value_or(sharding_of(config.level));
   impl_->plan.formats = config.formats.value_or(formats_of(config.level));
   check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
-  check_formats("Engine: formats", impl_->plan.formats.state, config.adamw);
+  const StateFormats& formats = impl_->plan.formats.state;
+  check_formats("Engine: formats", formats, config.adamw.group());
+  require(
+      formats.weight != WeightFormat::none && formats.weight != WeightFormat::e4m3_and_transpose,
+      "Engine: formats: weight is ", name_of(formats.weight),
+      "; the engine hands out weights in f32, bf16 or e4m3 (AdamW itself can do more)");
 }
 
 Engine::~Engine() = default;
@@ -45,14 +50,14 @@ ParamId Engine::add(const ParamSpec& spec) {
           name_of(spec.init.dtype), "; allowed are f32, bf16, f16");
   require(spec.init.device == e.ctx.device(), "parameter \"", spec.name,
           "\" has initial values on ", spec.init.device, "; the engine is on ", e.ctx.device());
-  const float decay = spec.weight_decay.value_or(0.0f);
-  require(decay >= 0.0f && std::isfinite(decay), "parameter \"", spec.name, "\": weight_decay is ",
-          decay, "; it must be finite and not negative");
+  const AdamWGroup group = spec.group.value_or(e.config.adamw.group());
+  check_group("parameter \"" + spec.name + "\"", group);
   Impl::Param param;
   param.spec = spec;
   param.managed =
       spec.fp8 && spec.shape.rank() >= 2 && spec.shape.numel() >= e.config.fp8_min_elements;
   if (param.managed) param.formats = e.plan.formats;
+  check_formats("parameter \"" + spec.name + "\"", param.formats.state, group);
   e.params.push_back(std::move(param));
   return {static_cast<int>(e.params.size()) - 1};
 }
@@ -72,7 +77,7 @@ ScaledView Engine::weight(ParamId id) const {
   const Impl& e = *impl_;
   e.require_frozen("weight");
   const Impl::Param& p = e.param(id, "weight");
-  const bool scaled = is_fp8(p.formats.state.weight);
+  const bool scaled = is_e4m3(p.formats.state.weight);
   return {p.weight.view(), scaled ? e.adamw->weight_scale(id.index) : nullptr};
 }
 
@@ -127,7 +132,7 @@ StepResult Engine::step(const StepOptions& options) {
   for (Impl::Bucket& bucket : e.buckets) bucket.reducer->run(flag);
   e.share_flag();
   if (options.max_norm > 0.0f) {
-    e.adamw->sum_squares();
+    e.adamw->measure();
     if (e.sum_gather != nullptr) e.sum_gather->run();
   }
   e.adamw->step({.lr = options.lr,

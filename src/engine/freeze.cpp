@@ -25,6 +25,14 @@ std::string describe_formats(const Formats& f) {
   return out.str();
 }
 
+std::string describe_group(const AdamWGroup& g) {
+  std::ostringstream out;
+  out.precision(9);  // every float apart from every other
+  out << "lr_factor " << g.lr_factor << ", beta1 " << g.beta1 << ", beta2 " << g.beta2 << ", eps "
+      << g.eps << ", weight_decay " << g.weight_decay;
+  return out.str();
+}
+
 std::vector<float> read_amax_sync(const Context& ctx, const TensorScale* scales,
                                   std::size_t count) {
   std::vector<float> values;
@@ -64,16 +72,14 @@ void Engine::Impl::check_lists_agree() {
   list.precision(9);  // every float apart from every other
   list << "configuration: level " << name_of(plan.level) << ", sharding " << name_of(plan.sharding)
        << ", " << describe_formats(plan.formats) << ", bucket_elements " << config.bucket_elements
-       << ", beta1 " << config.adamw.beta1 << ", beta2 " << config.adamw.beta2 << ", eps "
-       << config.adamw.eps << ", weight_decay " << config.adamw.weight_decay << ", seed "
-       << config.adamw.seed << ", decoupled_weight_decay " << config.adamw.decoupled_weight_decay
-       << ", maximize " << config.adamw.maximize << ", stochastic_rounding "
-       << config.adamw.stochastic_rounding << "\n";
+       << ", seed " << config.adamw.seed << ", decoupled_weight_decay "
+       << config.adamw.decoupled_weight_decay << ", maximize " << config.adamw.maximize
+       << ", stochastic_rounding " << config.adamw.stochastic_rounding << "\n";
   for (std::size_t i = 0; i < params.size(); ++i) {
     const ParamSpec& spec = params[i].spec;
     list << "parameter " << i << ": \"" << spec.name << "\" " << to_string(spec.shape) << ", "
-         << (params[i].managed ? "FP8-managed" : "f32") << ", weight_decay "
-         << spec.weight_decay.value_or(config.adamw.weight_decay) << ", largest initial value "
+         << (params[i].managed ? "FP8-managed" : "f32") << ", "
+         << describe_group(spec.group.value_or(config.adamw.group())) << ", largest initial value "
          << amax[i] << "\n";
   }
   const std::vector<std::string> texts = all_gather_text_sync(comm, list.str());
@@ -141,7 +147,7 @@ void Engine::Impl::allocate_parameters() {
       tensor = Tensor(ctx, dtype, p.spec.shape);
       plan.count(what, p.managed, true, numel * size_of(dtype), ctx.memory_use().current - before);
     };
-    allocate("weight", p.weight, p.formats.state.weight);
+    allocate("weight", p.weight, dtype_of(p.formats.state.weight));
     allocate("gradient", p.gradient, p.formats.gradient);
   }
 }
@@ -156,7 +162,7 @@ void Engine::Impl::allocate_optimizer() {
     a.gradient = p.gradient.view();
     a.gradient_scale = p.gradient_scale;
     a.weight = p.weight.view();
-    a.weight_decay = p.spec.weight_decay.value_or(config.adamw.weight_decay);
+    a.group = p.spec.group;
     if (sharded()) {
       std::int64_t owned = 0;
       for (const Piece& piece : p.pieces) owned += piece.count;
@@ -177,15 +183,15 @@ void Engine::Impl::allocate_optimizer() {
   std::size_t tables = ctx.memory_use().current - before;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
-    std::uint64_t owned = static_cast<std::uint64_t>(p.spec.shape.numel());
-    if (sharded()) owned = static_cast<std::uint64_t>(p.shard.view().numel());
-    if (p.managed) plan.owned_fp8_parameters += static_cast<std::int64_t>(owned);
+    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    if (p.managed) plan.owned_fp8_parameters += owned;
     const StateFormats& f = p.formats.state;
     const AdamW::StateBytes bytes = adamw->state_bytes(static_cast<int>(i));
-    const std::uint64_t master = f.weight == DType::f32 ? 0 : owned * size_of(f.master);
-    plan.count("master", p.managed, true, master, bytes.master);
-    plan.count("m", p.managed, true, owned * size_of(f.m), bytes.m);
-    plan.count("v", p.managed, true, owned * size_of(f.v), bytes.v);
+    const bool own_master = f.weight != WeightFormat::f32;
+    plan.count("master", p.managed, true, own_master ? state_bytes(f.master, owned) : 0,
+               bytes.master);
+    plan.count("m", p.managed, true, state_bytes(f.m, owned), bytes.m);
+    plan.count("v", p.managed, true, state_bytes(f.v, owned), bytes.v);
     tables -= bytes.master + bytes.m + bytes.v;
   }
   // Five scales per parameter are model state; the rest is what the kernels need to find it.

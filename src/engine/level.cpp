@@ -6,21 +6,19 @@
 namespace octet {
 
 Formats formats_of(Level level) {
+  using State = StateFormat;
   switch (level) {
-    case Level::O0:
-      return {
-          .gradient = DType::bf16,
-          .state = {.weight = DType::bf16, .master = DType::f32, .m = DType::f32, .v = DType::f32}};
+    case Level::O0: return {.gradient = DType::bf16, .state = {.weight = WeightFormat::bf16}};
     case Level::O1:
-      return {
-          .gradient = DType::e4m3,
-          .state = {.weight = DType::e4m3, .master = DType::f16, .m = DType::f32, .v = DType::f32}};
+      return {.gradient = DType::e4m3,
+              .state = {.weight = WeightFormat::e4m3, .master = State::f16}};
     case Level::O2:
     case Level::O3: break;
   }
   return {
       .gradient = DType::e4m3,
-      .state = {.weight = DType::e4m3, .master = DType::f16, .m = DType::e4m3, .v = DType::f16}};
+      .state = {
+          .weight = WeightFormat::e4m3, .master = State::f16, .m = State::e4m3, .v = State::f16}};
 }
 
 Sharding sharding_of(Level level) {

@@ -10,8 +10,11 @@ void check(const AdamwArgs& args, const char* op) {
   require(args.tensor_count >= 0 && args.segment_count >= 0, op, ": ", args.tensor_count,
           " tensors and ", args.segment_count, " segments; counts must not be negative");
   require(args.tensor_count == 0 ||
-              (args.tensors != nullptr && args.scalars != nullptr && args.scales != nullptr),
-          op, ": tensors, scalars and scales must all be given");
+              (args.tensors != nullptr && args.scalars != nullptr && args.steps != nullptr),
+          op, ": tensors, scalars and steps must all be given");
+  require(args.tensor_count == 0 ||
+              (args.groups != nullptr && args.group_scalars != nullptr && args.group_count > 0),
+          op, ": groups and group_scalars must both be given");
   require(args.segment_count == 0 || args.segments != nullptr, op,
           ": the segment table is missing");
 }
@@ -35,10 +38,10 @@ void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   detail::backend_of(ctx).adamw_initialise(ctx, init);
 }
 
-void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums) {
-  check(args, "adamw_sum_squares");
-  require(args.segment_count == 0 || sums != nullptr, "adamw_sum_squares: no place for the sums");
-  if (args.segment_count != 0) detail::backend_of(ctx).adamw_sum_squares(ctx, args, sums);
+void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums) {
+  check(args, "adamw_measure");
+  require(args.segment_count == 0 || sums != nullptr, "adamw_measure: no place for the sums");
+  if (args.segment_count != 0) detail::backend_of(ctx).adamw_measure(ctx, args, sums);
 }
 
 void adamw_prepare(const Context& ctx, const AdamwArgs& args) {

@@ -2,49 +2,96 @@
 #include <algorithm>
 #include <array>
 
-#include "octet/ops/detail/adamw_math.hpp"
+#include "octet/ops/detail/adamw_initial.hpp"
 #include "ops/cpu_ops.hpp"
 
 namespace octet::detail::cpu {
 namespace {
 
-constexpr int kLanes = 256;
-
-float segment_sum(const AdamwTensor& tensor, const Segment& segment) {
-  std::array<float, kLanes> lanes{};
-  const float inv = tensor.gradient_scale->scale_inv;
-  for (std::int64_t i = 0; i < segment.count; ++i) {
-    const float g = gradient_at(tensor, inv, segment, i);
-    float& lane = lanes[static_cast<std::size_t>(i % kLanes)];
-    lane = fma_of(g, g, lane);
-  }
-  for (std::size_t width = kLanes / 2; width > 0; width /= 2) {
-    for (std::size_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
+constexpr std::int64_t kLanes = 256;
+constexpr std::int64_t kRun = 16;  // consecutive elements that a lane of the norm takes at a time
 
 void raise_amax(TensorScale& scale, std::uint32_t bits) {
   scale.amax = bits_float(larger(float_bits(scale.amax), bits));
 }
 
-void update_segment(const AdamwArgs& args, const Segment& segment) {
-  const AdamwScalars& s = *args.scalars;
-  const AdamwTensor& tensor = args.tensors[segment.tensor];
-  const AdamwScales& scales = args.scales[segment.tensor];
-  const float factor = weight_factor(s, tensor.weight_decay);
-  const std::uint64_t first = tensor.random_base + static_cast<std::uint64_t>(segment.begin);
-  const AdamwOffsets at = offsets_of(tensor, segment);
-  AdamwAmax codes;
-  for (std::int64_t group = 0; group < segment.count; group += 4) {
-    const RandomWords words = philox(args.config.seed, static_cast<std::uint64_t>(s.step),
-                                     (first + static_cast<std::uint64_t>(group)) >> 2);
-    const std::int64_t end = std::min<std::int64_t>(group + 4, segment.count);
-    for (std::int64_t i = group; i < end; ++i) {
-      update_element(s, tensor, scales, at, i, factor, words.word[i - group], codes);
-    }
+float measure_segment(const AdamwTensor& tensor, const Segment& segment, std::uint32_t* nonfinite) {
+  std::array<float, kLanes> lanes{};
+  std::uint32_t largest = 0;
+  const float inv = tensor.gradient_scale->scale_inv;
+  const std::int64_t first = offsets_of(tensor, segment).gradient;
+  for (std::int64_t i = 0; i < segment.count; ++i) {
+    const float g = gradient_at(tensor, inv, first + i);
+    float& lane = lanes[static_cast<std::size_t>(i / kRun % kLanes)];
+    lane = fma_of(g, g, lane);
+    largest = larger(largest, magnitude_bits(g));
   }
-  const AdamwAmax amax = decoded_amax(formats_of(tensor), scales, codes);
+  for (std::size_t width = kLanes / 2; width > 0; width /= 2) {
+    for (std::size_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  const bool finite = is_finite_bits(largest);
+#pragma omp critical(octet_adamw_amax)
+  {
+    if (tensor.measure_amax) raise_amax(*tensor.gradient_scale, largest);
+    if (!finite && nonfinite != nullptr) *nonfinite = 1;
+  }
+  return lanes[0];
+}
+
+/// The elements [begin, end) of a segment, one block of 128 of the tensor or its short rest.
+void update_block(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwTensorStep& step,
+                  const Segment& segment, std::int64_t begin, std::int64_t end,
+                  AdamwAmax& largest) {
+  const StateFormats& f = tensor.formats;
+  const AdamwOffsets at = offsets_of(tensor, segment);
+  const std::int64_t block = (segment.local + begin) / kStateBlock;
+  const float m_inv = is_block(f.m) ? tensor.m_blocks[block] : step.m_inv;
+  const float v_inv = is_block(f.v) ? tensor.v_blocks[block] : step.v_inv;
+  std::array<AdamwValues, kStateBlock> values;
+  const IeeeMath math;
+  float m_amax = 0.0f, v_amax = 0.0f;
+  for (std::int64_t i = begin; i < end; ++i) {
+    const AdamwValues x = updated(step, f, load_input(tensor, at, i), m_inv, v_inv, math);
+    values[static_cast<std::size_t>(i - begin)] = x;
+    m_amax = std::max(m_amax, abs_of(x.m));
+    v_amax = std::max(v_amax, x.second);
+  }
+  float m_scale = step.m_scale, v_scale = step.v_scale;
+  const auto renew = [block](StateFormat format, float* blocks, float amax, float& scale,
+                             std::uint32_t& largest_inv) {
+    if (!is_block(format)) return;
+    const BlockScale next = block_scale(amax);
+    scale = next.scale;
+    blocks[block] = next.inv;
+    largest_inv = larger(largest_inv, float_bits(next.inv));
+  };
+  renew(f.m, tensor.m_blocks, m_amax, m_scale, largest.m);
+  renew(f.v, tensor.v_blocks, v_amax, v_scale, largest.v);
+  const std::uint64_t first = tensor.random_base + static_cast<std::uint64_t>(segment.begin);
+  const PhiloxKeys keys = philox_keys(args.config.seed);
+  RandomWords words;
+  for (std::int64_t i = begin; i < end; ++i) {
+    if (i % 4 == 0) {
+      words = philox(keys, static_cast<std::uint64_t>(args.scalars->step),
+                     (first + static_cast<std::uint64_t>(i)) >> 2);
+    }
+    const AdamwCodes codes =
+        encoded(step, f, args.config.stochastic_rounding,
+                values[static_cast<std::size_t>(i - begin)], m_scale, v_scale, words.word[i % 4]);
+    largest.raise(f, codes);
+    store_codes(tensor, at, i, codes);
+  }
+}
+
+void update_segment(const AdamwArgs& args, const Segment& segment) {
+  const AdamwTensor& tensor = args.tensors[segment.tensor];
+  const AdamwTensorStep& step = args.steps[segment.tensor];
+  AdamwAmax largest;
+  for (std::int64_t begin = 0; begin < segment.count; begin += kStateBlock) {
+    const std::int64_t end = std::min<std::int64_t>(begin + kStateBlock, segment.count);
+    update_block(args, tensor, step, segment, begin, end, largest);
+  }
+  const AdamwAmaxBits amax = decoded_amax(tensor.formats, step, largest);
 #pragma omp critical(octet_adamw_amax)
   {
     raise_amax(*tensor.m_scale, amax.m);
@@ -72,29 +119,39 @@ void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   }
 }
 
-void adamw_sum_squares(const Context&, const AdamwArgs& args, float* sums) {
+void adamw_measure(const Context&, const AdamwArgs& args, float* sums) {
 #pragma omp parallel for schedule(dynamic) if (args.segment_count > 1)
   for (std::int64_t i = 0; i < args.segment_count; ++i) {
     const Segment& segment = args.segments[i];
-    sums[segment.index] = segment_sum(args.tensors[segment.tensor], segment);
+    sums[segment.index] = measure_segment(args.tensors[segment.tensor], segment, args.nonfinite);
   }
 }
 
 void adamw_prepare(const Context&, const AdamwArgs& args) {
   AdamwScalars& s = *args.scalars;
-  begin_step(s, args.config, args.lr_device != nullptr ? *args.lr_device : args.lr);
-  measure_clip(s, args.max_norm, args.config.maximize, [&] {
-    return pairwise_sum(args.total_segments,
-                        [&](std::int64_t i) { return static_cast<double>(args.segment_sums[i]); });
-  });
+  const double squares =
+      args.max_norm > 0.0f
+          ? pairwise_sum(args.total_segments,
+                         [&](std::int64_t i) { return static_cast<double>(args.segment_sums[i]); })
+          : 0.0;
+  measure_clip(s, args.max_norm, args.config.maximize, squares);
+  s.lr = args.lr_device != nullptr ? *args.lr_device : args.lr;
+  for (std::int64_t g = 0; g < args.group_count; ++g) {
+    args.group_scalars[g] =
+        group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
+  }
   bool skip = must_skip(s, args.nonfinite);
   for (std::int64_t t = 0; t < args.tensor_count; ++t) {
-    skip = skip || !bounds_are_finite(bounds_of(s, args.tensors[t]), args.tensors[t]);
+    const AdamwTensor& tensor = args.tensors[t];
+    const AdamwGroupScalars& group = args.group_scalars[tensor.group];
+    skip = skip || !bounds_are_finite(bounds_of(s, group, tensor), group, tensor.formats);
   }
   end_decision(s, skip, args.nonfinite);
-  if (skip) return;
   for (std::int64_t t = 0; t < args.tensor_count; ++t) {
-    renew_scales(args.tensors[t], bounds_of(s, args.tensors[t]), args.scales[t]);
+    const AdamwTensor& tensor = args.tensors[t];
+    const AdamwGroupScalars& group = args.group_scalars[tensor.group];
+    if (!skip) begin_tensor(s, group, tensor, bounds_of(s, group, tensor), args.steps[t]);
+    end_gradient(tensor);
   }
 }
 

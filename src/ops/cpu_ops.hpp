@@ -11,7 +11,7 @@ void convert(const Context& ctx, const ScaledView& in, const TensorView& out);
 void transpose(const Context& ctx, const TensorView& in, const TensorView& out);
 void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale);
 void adamw_initialise(const Context& ctx, const AdamwInit& init);
-void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums);
+void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 void adamw_update(const Context& ctx, const AdamwArgs& args);
 void mean_scales(const Context& ctx, const MeanArgs& args);

@@ -9,7 +9,8 @@ namespace octet {
 namespace {
 
 bool is_quantised(const StateFormats& f) {
-  return f.m != DType::f32 || f.v != DType::f32 || f.master != DType::f32 || is_fp8(f.weight);
+  return f.m != StateFormat::f32 || f.v != StateFormat::f32 || f.master != StateFormat::f32 ||
+         is_e4m3(f.weight);
 }
 
 std::int64_t numel_of(const std::vector<Piece>& pieces) {
@@ -18,58 +19,93 @@ std::int64_t numel_of(const std::vector<Piece>& pieces) {
   return count;
 }
 
-void check_decay(const std::string& what, float weight_decay) {
-  require(weight_decay >= 0.0f && std::isfinite(weight_decay), what, ": weight_decay is ",
-          weight_decay, "; it must be finite and not negative");
-}
-
-void check_views(const AdamWParam& param, std::int64_t owned) {
-  require(param.weight.shape == param.shape && param.weight.dtype == param.formats.weight,
-          "parameter \"", param.name, "\": the weight is ", name_of(param.weight.dtype), " ",
-          param.weight.shape, "; it must be ", name_of(param.formats.weight), " ", param.shape);
-  const std::int64_t expected = param.gradient_is_shard ? owned : param.shape.numel();
-  require(param.gradient.numel() == expected, "parameter \"", param.name, "\": the gradient has ",
-          param.gradient.numel(), " elements; it must have ", expected);
-  require(param.gradient_scale != nullptr, "parameter \"", param.name,
-          "\": the gradient has no scale");
-}
-
-void check_field(const std::string& what, const char* field, DType dtype,
-                 std::span<const DType> allowed) {
-  if (std::find(allowed.begin(), allowed.end(), dtype) != allowed.end()) return;
+template <class Format>
+void check_field(const std::string& what, const char* field, Format format,
+                 std::span<const Format> allowed) {
+  if (std::find(allowed.begin(), allowed.end(), format) != allowed.end()) return;
   std::string names;
-  for (DType d : allowed) names += (names.empty() ? "" : ", ") + std::string(name_of(d));
-  fail(what, ": ", field, " is ", name_of(dtype), "; allowed are ", names);
+  for (Format f : allowed) names += (names.empty() ? "" : ", ") + std::string(name_of(f));
+  fail(what, ": ", field, " is ", name_of(format), "; allowed are ", names);
+}
+
+void check_weight(const std::string& what, const AdamWParam& param) {
+  if (param.formats.weight == WeightFormat::none) {
+    require(param.weight.empty(), what, ": a weight is given, but formats.weight is none");
+  } else {
+    const DType dtype = dtype_of(param.formats.weight);
+    require(param.weight.shape == param.shape && param.weight.dtype == dtype, what,
+            ": the weight is ", name_of(param.weight.dtype), " ", param.weight.shape,
+            "; it must be ", name_of(dtype), " ", param.shape);
+    require(!param.weight.empty() || param.shape.numel() == 0, what,
+            ": the weight has a null pointer");
+  }
+  const TensorView& transposed = param.weight_transposed;
+  if (param.formats.weight != WeightFormat::e4m3_and_transpose) {
+    require(transposed.empty(), what, ": a transposed weight is given, but formats.weight is ",
+            name_of(param.formats.weight));
+    return;
+  }
+  require(param.shape.rank() == 2, what, ": formats.weight is e4m3_and_transpose, but the shape ",
+          param.shape, " is not that of a matrix");
+  const Shape shape{param.shape[1], param.shape[0]};
+  require(transposed.dtype == DType::e4m3 && transposed.shape == shape, what,
+          ": the transposed weight is ", name_of(transposed.dtype), " ", transposed.shape,
+          "; it must be e4m3 ", shape);
+  require(!transposed.empty() || shape.numel() == 0, what,
+          ": the transposed weight has a null pointer");
+}
+
+void check_gradient(const std::string& what, const AdamWParam& param, std::int64_t owned) {
+  check_gradient_format(what, param.gradient.dtype);
+  const std::int64_t expected = param.gradient_is_shard ? owned : param.shape.numel();
+  require(param.gradient.numel() == expected, what, ": the gradient has ", param.gradient.numel(),
+          " elements; it must have ", expected);
+  require(!param.gradient.empty() || expected == 0, what, ": the gradient has a null pointer");
+  require(param.gradient_scale != nullptr || !is_fp8(param.gradient.dtype), what,
+          ": the gradient is ", name_of(param.gradient.dtype), " and has no scale");
+  require(param.gradient_scale != nullptr || param.whole, what,
+          ": the gradient has no scale and not all of it is updated here; all ranks must know the "
+          "amax of all of it, so give a scale and share what measure() finds");
 }
 
 }  // namespace
 
+void check_group(const std::string& what, const AdamWGroup& group) {
+  require(group.beta1 >= 0.0f && group.beta1 < 1.0f, what, ": beta1 is ", group.beta1,
+          "; it must be in [0, 1)");
+  require(group.beta2 >= 0.0f && group.beta2 < 1.0f, what, ": beta2 is ", group.beta2,
+          "; it must be in [0, 1)");
+  require(group.eps >= 0x1p-100f && group.eps <= 0x1p60f, what, ": eps is ", group.eps,
+          "; it must be in [2^-100, 2^60] = [7.9e-31, 1.2e18]");
+  require(group.weight_decay >= 0.0f && std::isfinite(group.weight_decay), what,
+          ": weight_decay is ", group.weight_decay, "; it must be finite and not negative");
+  require(group.lr_factor >= 0.0f && std::isfinite(group.lr_factor), what, ": lr_factor is ",
+          group.lr_factor, "; it must be finite and not negative");
+}
+
 void check_adamw(const AdamWConfig& config) {
-  require(config.beta1 >= 0.0f && config.beta1 < 1.0f, "AdamW: beta1 is ", config.beta1,
-          "; it must be in [0, 1)");
-  require(config.beta2 >= 0.0f && config.beta2 < 1.0f, "AdamW: beta2 is ", config.beta2,
-          "; it must be in [0, 1)");
-  require(config.eps > 0.0f && std::isfinite(config.eps), "AdamW: eps is ", config.eps,
-          "; it must be positive");
-  check_decay("AdamW", config.weight_decay);
+  check_group("AdamW", config.group());
   require(!config.amsgrad,
           "AdamW: amsgrad is true; it must be false, because its running maximum would be a fourth "
           "state and the bound that the scales rest on does not cover it");
 }
 
 void check_gradient_format(const std::string& what, DType dtype) {
-  check_field(what, "gradient", dtype, kGradientFormats);
+  check_field<DType>(what, "gradient", dtype, kGradientFormats);
 }
 
-void check_formats(const std::string& what, const StateFormats& f, const AdamWConfig& config) {
-  check_field(what, "weight", f.weight, kWeightFormats);
-  check_field(what, "master", f.master, kMasterFormats);
-  check_field(what, "m", f.m, kMFormats);
-  check_field(what, "v", f.v, kVFormats);
-  require(f.weight != DType::f32 || f.master == DType::f32, what,
+void check_formats(const std::string& what, const StateFormats& f, const AdamWGroup& group) {
+  check_field<WeightFormat>(what, "weight", f.weight, kWeightFormats);
+  check_field<StateFormat>(what, "master", f.master, kMasterFormats);
+  check_field<StateFormat>(what, "m", f.m, kMFormats);
+  check_field<StateFormat>(what, "v", f.v, kVFormats);
+  require(f.weight != WeightFormat::f32 || f.master == StateFormat::f32, what,
           ": weight is f32, which is its own master, but master is ", name_of(f.master));
-  require(!is_quantised(f) || config.beta1 * config.beta1 < config.beta2, what, ": beta1 ",
-          config.beta1, " and beta2 ", config.beta2,
+  require(f.master != StateFormat::split || is_e4m3(f.weight), what,
+          ": master is split, so weight must be e4m3 or e4m3_and_transpose, but it is ",
+          name_of(f.weight));
+  require(!is_quantised(f) || group.beta1 * group.beta1 < group.beta2, what, ": beta1 ",
+          group.beta1, " and beta2 ", group.beta2,
           " do not bound the update (beta1^2 >= beta2), which quantised states need; use a larger "
           "beta2 or FP32 formats");
 }
@@ -82,12 +118,16 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
   for (std::size_t i = 0; i < params_.size(); ++i) {
     AdamWParam& param = params_[i];
     const std::string what = "parameter \"" + param.name + "\"";
-    check_formats(what, param.formats, config_);
-    check_gradient_format(what, param.gradient.dtype);
-    check_decay(what, param.weight_decay);
+    const AdamWGroup group = param.group.value_or(config_.group());
+    check_group(what, group);
+    check_formats(what, param.formats, group);
     if (param.whole) param.pieces = {{0, 0, param.shape.numel()}};
     for (Piece& piece : param.pieces) piece.tensor = static_cast<std::int32_t>(i);
-    check_views(param, numel_of(param.pieces));
+    check_gradient(what, param, numel_of(param.pieces));
+    check_weight(what, param);
+    param.group = group;
+    param.measure_amax = param.measure_amax || param.gradient_scale == nullptr;
+    must_measure_ = must_measure_ || param.measure_amax;
     shapes.push_back(param.shape);
     owned.insert(owned.end(), param.pieces.begin(), param.pieces.end());
     total_segments_ += segment_count(param.shape);
@@ -95,7 +135,15 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
   segments_ = segments_of(shapes, owned);
   const std::size_t count = params_.size();
   scales_ = upload_sync<TensorScale>(ctx_, std::vector<TensorScale>(4 * count));
-  step_scales_ = Buffer(ctx_, count * sizeof(AdamwScales));
+  gradient_scales_ = upload_sync<TensorScale>(
+      ctx_, std::vector<TensorScale>(static_cast<std::size_t>(
+                std::count_if(params_.begin(), params_.end(),
+                              [](const AdamWParam& p) { return p.gradient_scale == nullptr; }))));
+  TensorScale* own_scale = gradient_scales_.as<TensorScale>();
+  for (AdamWParam& param : params_) {
+    if (param.gradient_scale == nullptr) param.gradient_scale = own_scale++;
+  }
+  steps_ = Buffer(ctx_, count * sizeof(AdamwTensorStep));
   scalars_ = upload_sync<AdamwScalars>(ctx_, std::vector<AdamwScalars>(1));
   sums_ = Buffer(ctx_, static_cast<std::size_t>(total_segments_) * sizeof(float));
   zero_bytes(ctx_, sums_.data(), sums_.bytes());
@@ -106,19 +154,31 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
   }
   tensors_ = upload_sync<AdamwTensor>(ctx_, tensors_host_);
   segment_table_ = upload_sync<Segment>(ctx_, segments_);
+  groups_ = upload_sync<AdamWGroup>(ctx_, groups_host_);
+  group_scalars_ =
+      upload_sync<AdamwGroupScalars>(ctx_, std::vector<AdamwGroupScalars>(groups_host_.size()));
 }
 
-std::size_t AdamW::grow(std::vector<Tensor>& states, DType dtype, std::int64_t numel) {
+std::size_t AdamW::grow(std::vector<State>& states, StateFormat format, std::int64_t count) {
   const std::size_t before = ctx_.memory_use().current;
-  states.emplace_back(ctx_, dtype, Shape{numel});
+  const auto blocks = static_cast<std::size_t>(block_count(format, count));
+  states.push_back({Buffer(ctx_, static_cast<std::size_t>(count) * size_of(format)),
+                    Buffer(ctx_, blocks * sizeof(float))});
   return ctx_.memory_use().current - before;
+}
+
+std::int32_t AdamW::group_index(const AdamWGroup& group) {
+  const auto found = std::find(groups_host_.begin(), groups_host_.end(), group);
+  const auto index = found - groups_host_.begin();
+  if (found == groups_host_.end()) groups_host_.push_back(group);
+  return static_cast<std::int32_t>(index);
 }
 
 AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   const AdamWParam& param = params_[static_cast<std::size_t>(i)];
   const StateFormats& f = param.formats;
   const std::int64_t owned = numel_of(param.pieces);
-  const bool own_master = f.weight != DType::f32;
+  const bool own_master = f.weight != WeightFormat::f32;
   bytes_.push_back({.master = grow(master_, f.master, own_master ? owned : 0),
                     .m = grow(m_, f.m, owned),
                     .v = grow(v_, f.v, owned)});
@@ -127,20 +187,23 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.gradient_dtype = param.gradient.dtype;
   tensor.gradient_scale = param.gradient_scale;
   tensor.gradient_is_shard = param.gradient_is_shard;
-  tensor.master = own_master ? master_.back().view().data : param.weight.data;
-  tensor.master_dtype = f.master;
+  tensor.measure_amax = param.measure_amax;
+  tensor.formats = f;
+  tensor.master = own_master ? master_.back().codes.data() : param.weight.data;
   tensor.master_scale = scale(kMaster, i);
   tensor.master_is_shard = own_master;
-  tensor.m = m_.back().view().data;
-  tensor.m_dtype = f.m;
+  tensor.m = m_.back().codes.data();
+  tensor.m_blocks = m_.back().blocks.as<float>();
   tensor.m_scale = scale(kM, i);
-  tensor.v = v_.back().view().data;
-  tensor.v_dtype = f.v;
+  tensor.v = v_.back().codes.data();
+  tensor.v_blocks = v_.back().blocks.as<float>();
   tensor.v_scale = scale(kV, i);
   tensor.weight = own_master ? param.weight.data : nullptr;
-  tensor.weight_dtype = f.weight;
   tensor.weight_scale = scale(kWeight, i);
-  tensor.weight_decay = param.weight_decay;
+  tensor.weight_transposed = param.weight_transposed.data;
+  tensor.rows = param.shape.rank() > 0 ? param.shape[0] : 1;
+  tensor.columns = param.shape.row_numel();
+  tensor.group = group_index(*param.group);
   tensor.random_base = random_base;
   return tensor;
 }
@@ -163,7 +226,10 @@ AdamwArgs AdamW::args(const AdamWStep& step) const {
   args.segments = segment_table_.as<const Segment>();
   args.segment_count = static_cast<std::int64_t>(segments_.size());
   args.scalars = scalars_.as<AdamwScalars>();
-  args.scales = step_scales_.as<AdamwScales>();
+  args.groups = groups_.as<const AdamWGroup>();
+  args.group_scalars = group_scalars_.as<AdamwGroupScalars>();
+  args.group_count = static_cast<std::int64_t>(groups_host_.size());
+  args.steps = steps_.as<AdamwTensorStep>();
   args.config = config_;
   args.lr = step.lr;
   args.lr_device = step.lr_device;
@@ -174,9 +240,15 @@ AdamwArgs AdamW::args(const AdamWStep& step) const {
   return args;
 }
 
-void AdamW::sum_squares() { adamw_sum_squares(ctx_, args({}), sums_.as<float>()); }
+void AdamW::measure(std::uint32_t* nonfinite) {
+  adamw_measure(ctx_, args({.nonfinite = nonfinite}), sums_.as<float>());
+  measured_ = true;
+}
 
 void AdamW::step(const AdamWStep& step) {
+  require(!must_measure_ || measured_,
+          "AdamW::step: the amax of a gradient is not known; call measure() before every step");
+  measured_ = false;
   const AdamwArgs prepared = args(step);
   adamw_prepare(ctx_, prepared);
   adamw_update(ctx_, prepared);
@@ -191,24 +263,31 @@ void AdamW::check_index(int i) const {
           " is asked for; there are ", params_.size());
 }
 
-ScaledView AdamW::m(int i) const {
+const AdamwGroupScalars* AdamW::group_scalars(int i) const {
   check_index(i);
-  return {m_[static_cast<std::size_t>(i)].view(), scale(kM, i)};
+  return group_scalars_.as<AdamwGroupScalars>() + tensors_host_[static_cast<std::size_t>(i)].group;
 }
 
-ScaledView AdamW::v(int i) const {
+StateView AdamW::m(int i) const {
   check_index(i);
-  return {v_[static_cast<std::size_t>(i)].view(), scale(kV, i)};
+  const AdamwTensor& t = tensors_host_[static_cast<std::size_t>(i)];
+  return {t.formats.m, numel_of(params_[static_cast<std::size_t>(i)].pieces), t.m, t.m_blocks,
+          t.m_scale};
 }
 
-ScaledView AdamW::master(int i) const {
+StateView AdamW::v(int i) const {
   check_index(i);
-  const Tensor& own = master_[static_cast<std::size_t>(i)];
-  const TensorView& view =
-      own.view().empty() && params_[static_cast<std::size_t>(i)].formats.weight == DType::f32
-          ? params_[static_cast<std::size_t>(i)].weight
-          : own.view();
-  return {view, scale(kMaster, i)};
+  const AdamwTensor& t = tensors_host_[static_cast<std::size_t>(i)];
+  return {t.formats.v, numel_of(params_[static_cast<std::size_t>(i)].pieces), t.v, t.v_blocks,
+          t.v_scale};
+}
+
+StateView AdamW::master(int i) const {
+  check_index(i);
+  const AdamWParam& param = params_[static_cast<std::size_t>(i)];
+  const AdamwTensor& t = tensors_host_[static_cast<std::size_t>(i)];
+  return {t.formats.master, t.master_is_shard ? numel_of(param.pieces) : param.shape.numel(),
+          t.master, nullptr, t.master_scale};
 }
 
 }  // namespace octet

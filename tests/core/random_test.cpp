@@ -20,6 +20,22 @@ Words words_of(std::uint64_t seed, std::uint64_t step, std::uint64_t first, std:
   return words;
 }
 
+/// Philox4x32 with 7 rounds as the paper defines it, in 64-bit arithmetic.
+std::vector<std::uint32_t> paper_philox(std::uint64_t seed, std::uint64_t step,
+                                        std::uint64_t group) {
+  constexpr std::uint64_t kLow = 0xFFFFFFFFu;
+  std::uint64_t c[4] = {group & kLow, group >> 32, step & kLow, step >> 32};
+  for (std::uint64_t round = 0; round < 7; ++round) {
+    const std::uint64_t k0 = ((seed & kLow) + round * 0x9E3779B9u) & kLow;
+    const std::uint64_t k1 = ((seed >> 32) + round * 0xBB67AE85u) & kLow;
+    const std::uint64_t p0 = 0xD2511F53u * c[0], p1 = 0xCD9E8D57u * c[2];
+    const std::uint64_t next[4] = {(p1 >> 32) ^ c[1] ^ k0, p1 & kLow, (p0 >> 32) ^ c[3] ^ k1,
+                                   p0 & kLow};
+    std::copy(next, next + 4, c);
+  }
+  return {c, c + 4};
+}
+
 /// Deviation of a histogram from flat, in standard deviations of the chi-square statistic.
 double chi_square_sigmas(const std::vector<int>& histogram, std::size_t draws) {
   const double expected = static_cast<double>(draws) / static_cast<double>(histogram.size());
@@ -38,8 +54,21 @@ TEST_CASE("an element's word depends on seed, step and index alone") {
     CHECK(std::equal(part.begin(), part.end(), whole.begin() + static_cast<std::ptrdiff_t>(first)));
   }
   for (std::uint64_t index : {0u, 4u, 996u}) {
-    const detail::RandomWords group = detail::philox(1, 2, index / 4);
+    const detail::RandomWords group = detail::philox(detail::philox_keys(1), 2, index / 4);
     for (std::uint64_t j = 0; j < 4; ++j) CHECK(group.word[j] == whole[index + j]);
+  }
+}
+
+TEST_CASE("the words are Philox4x32-7's") {
+  const std::uint64_t numbers[] = {0, 1, 77, 0xFFFFFFFFu, 0x123456789ABCDEFu, ~std::uint64_t{0}};
+  for (std::uint64_t seed : numbers) {
+    for (std::uint64_t step : numbers) {
+      for (std::uint64_t group : numbers) {
+        const auto expected = paper_philox(seed, step, group);
+        const detail::RandomWords words = detail::philox(detail::philox_keys(seed), step, group);
+        for (std::size_t j = 0; j < 4; ++j) REQUIRE(words.word[j] == expected[j]);
+      }
+    }
   }
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "octet/octet.hpp"
+#include "support/adamw_stored.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/devices.hpp"
@@ -49,7 +50,7 @@ class Trainer {
     weight_ = engine_.add({.name = "w",
                            .shape = {kOut, kIn},
                            .init = view_of(ctx, init_, DType::f32, {kOut, kIn}),
-                           .weight_decay = 0.1f});
+                           .group = AdamWGroup{.weight_decay = 0.1f}});
     bias_ = engine_.add(
         {.name = "b", .shape = {kOut}, .init = view_of(ctx, init_, DType::f32, {kOut})});
     engine_.freeze();
@@ -76,10 +77,12 @@ class Trainer {
     std::vector<std::uint8_t> bytes;
     for (int i : {weight_.index, bias_.index}) {
       const AdamW& adamw = engine_.optimizer();
-      for (const ScaledView& view :
-           {engine_.weight({i}), adamw.master(i), adamw.m(i), adamw.v(i)}) {
-        const std::vector<std::uint8_t> part = download_bytes(ctx_, view.data);
+      const auto append = [&bytes](const std::vector<std::uint8_t>& part) {
         bytes.insert(bytes.end(), part.begin(), part.end());
+      };
+      append(download_bytes(ctx_, engine_.weight({i}).data));
+      for (const StateView& view : {adamw.master(i), adamw.m(i), adamw.v(i)}) {
+        append(download_state(ctx_, view));
       }
     }
     return bytes;

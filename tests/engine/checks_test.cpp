@@ -108,8 +108,30 @@ TEST_CASE("hyper-parameters that no step could use are refused at once") {
           "");
     Small s;
     ParamSpec spec = s.spec("v");
-    spec.weight_decay = bad;
+    spec.group = AdamWGroup{.weight_decay = bad};
     CHECK(missing(error_of([&] { s.engine.add(spec); }), {"\"v\"", "weight_decay"}) == "");
+  }
+  const struct {
+    const char* field;
+    AdamWGroup group;
+  } bad_groups[] = {{"lr_factor", {.lr_factor = -1.0f}},
+                    {"lr_factor", {.lr_factor = nan}},
+                    {"beta1", {.beta1 = 1.0f}},
+                    {"beta2", {.beta2 = -0.1f}},
+                    {"eps", {.eps = 0.0f}},
+                    {"eps", {.eps = 1e19f}},
+                    {"beta1^2", {.beta1 = 0.9f, .beta2 = 0.8f}}};
+  for (const auto& bad : bad_groups) {
+    Small s;
+    ParamSpec spec = s.spec("v");
+    spec.group = bad.group;
+    INFO(bad.field);
+    CHECK(missing(error_of([&] { s.engine.add(spec); }), {"\"v\"", bad.field}) == "");
+  }
+  for (WeightFormat weight : {WeightFormat::none, WeightFormat::e4m3_and_transpose}) {
+    const Formats unusable{.gradient = DType::f32, .state = {.weight = weight}};
+    CHECK(missing(error_of([&] { Small s({.formats = unusable}); }),
+                  {"formats", "weight", std::string(name_of(weight))}) == "");
   }
   CHECK(missing(error_of([&] { Small s({.adamw = {.eps = 0.0f}}); }), {"eps", "0"}) == "");
   CHECK(missing(error_of([&] { Small s({.adamw = {.beta1 = 0.99f}}); }), {"beta1", "0.99"}) == "");
@@ -213,7 +235,7 @@ TEST_CASE("configurations that cannot work are refused by field") {
   CHECK(missing(freeze_error({.adamw = {.beta1 = 0.9f, .beta2 = 0.5f}}),
                 {"formats", "beta1", "beta2"}) == "");
   Formats formats = formats_of(Level::O2);
-  formats.state.v = DType::e4m3;
+  formats.state.v = StateFormat::e4m3;
   CHECK(missing(freeze_error({.formats = formats}), {"formats", "v ", "e4m3"}) == "");
   formats = formats_of(Level::O2);
   formats.gradient = DType::e5m2;
@@ -281,6 +303,14 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
       {"fp8",
        {"second"},
        [](const Context&, EngineConfig&, Keep&, Specs& specs) { specs[1].fp8 = false; }},
+      {"group",
+       {"second", "lr_factor 0.5"},
+       [](const Context&, EngineConfig&, Keep&, Specs& specs) {
+         specs[1].group = AdamWGroup{.lr_factor = 0.5f};
+       }},
+      {"eps of the configuration",
+       {"first", "eps"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.eps = 1e-6f; }},
       {"level",
        {"O2", "O1"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) { config.level = Level::O1; }},

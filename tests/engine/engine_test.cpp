@@ -283,81 +283,6 @@ TEST_CASE("a parameter without a gradient counts as zero gradient") {
   }
 }
 
-TEST_CASE("gradients come in f32, bf16 and f16") {
-  for (DType dtype : {DType::bf16, DType::f16}) {
-    std::vector<Bytes> weights;
-    for (DType given : {DType::f32, dtype}) {
-      const Context ctx = Context::cpu();
-      const auto comm = make_single(ctx);
-      Engine engine(ctx, *comm, config_of(Level::O2));
-      std::vector<Buffer> keep;
-      add_parameters(engine, ctx, keep);
-      engine.freeze();
-      for (std::size_t p = 0; p < model_params().size(); ++p) {
-        const Encoded narrow = encode_values(dtype, common_gradient(0, p, 1));
-        const std::vector<float> wide(narrow.decoded.begin(), narrow.decoded.end());
-        const Buffer buffer = given == DType::f32 ? upload(ctx, wide) : upload(ctx, narrow.bytes);
-        engine.add_gradient({static_cast<int>(p)},
-                            view_of(ctx, buffer, given, model_params()[p].shape));
-      }
-      engine.step({.lr = 1e-2f});
-      Bytes all;
-      for (const Bytes& part : read_back(engine, ctx).weights) {
-        all.insert(all.end(), part.begin(), part.end());
-      }
-      weights.push_back(all);
-    }
-    INFO(name_of(dtype));
-    CHECK(first_difference(weights[1], weights[0]) == "");
-  }
-}
-
-TEST_CASE("weights have the level's format, stay where they are and decode on demand") {
-  for (DeviceType device : rank_devices()) {
-    run_ranks(
-        1,
-        [&](Communicator& comm) {
-          const Context ctx = comm.context();
-          for (Level level : kLevels) {
-            Engine engine(ctx, comm, config_of(level));
-            std::vector<Buffer> keep;
-            add_parameters(engine, ctx, keep);
-            engine.freeze();
-            for (int p = 0; p < static_cast<int>(model_params().size()); ++p) {
-              const auto index = static_cast<std::size_t>(p);
-              const DType expected = !is_managed(index)   ? DType::f32
-                                     : level == Level::O0 ? DType::bf16
-                                                          : DType::e4m3;
-              const ScaledView weight = engine.weight({p});
-              CHECK(weight.data.dtype == expected);
-              CHECK(weight.data.shape == model_params()[index].shape);
-              CHECK((weight.scale != nullptr) == is_fp8(expected));
-              const Stored stored = read_tensor(ctx, weight);
-              for (DType out : {DType::f32, DType::bf16, DType::f16}) {
-                const Tensor decoded(ctx, out, model_params()[index].shape);
-                engine.weight_as({p}, decoded);
-                const Stored read = read_tensor(ctx, {decoded.view(), nullptr});
-                int wrong = 0;
-                for (std::size_t i = 0; i < stored.values.size(); ++i) {
-                  const double value = stored.values[i];
-                  wrong +=
-                      read.values[i] != (out == DType::f32 ? value : table_of(out).round(value));
-                }
-                CHECK(wrong == 0);
-              }
-            }
-            const void* const place = engine.weight({0}).data.data;
-            hand_over(engine, ctx, common_gradient, 0, 1);
-            const Bytes before = download_bytes(ctx, engine.weight({0}).data);
-            engine.step({.lr = 1e-2f});
-            CHECK(engine.weight({0}).data.data == place);
-            CHECK(first_difference(download_bytes(ctx, engine.weight({0}).data), before) != "");
-          }
-        },
-        device);
-  }
-}
-
 TEST_CASE("a learning rate on the device is read in stream order") {
   for (DeviceType device : rank_devices()) {
     std::vector<Bytes> weights;
@@ -427,30 +352,6 @@ TEST_CASE("every level finds the minimum of a quadratic with noise") {
     CHECK(before[0] == before[1]);
     CHECK(after[0] == after[1]);
     CHECK(after[0] < 0.02 * before[0]);
-  }
-}
-
-TEST_CASE("formats set by hand work in every combination that exists") {
-  RunOptions options;
-  options.ranks = 2;
-  options.steps = 2;
-  for (DType gradient : {DType::f32, DType::bf16, DType::e4m3}) {
-    for (DType m : {DType::f32, DType::e4m3}) {
-      for (DType v : {DType::f32, DType::f16}) {
-        for (const auto& [weight, master] :
-             {std::pair{DType::e4m3, DType::f32}, std::pair{DType::bf16, DType::f16},
-              std::pair{DType::f32, DType::f32}}) {
-          options.config = config_of(Level::O2, Sharding::optimizer);
-          options.config.formats = Formats{gradient, {weight, master, m, v}};
-          INFO("gradient " << name_of(gradient) << ", weight " << name_of(weight) << ", master "
-                           << name_of(master) << ", m " << name_of(m) << ", v " << name_of(v));
-          const std::vector<RankResult> results = train(options);
-          CHECK(rank_difference(results) == "");
-          CHECK(results[0].step == 2);
-          CHECK(results[0].plan.formats == *options.config.formats);
-        }
-      }
-    }
   }
 }
 

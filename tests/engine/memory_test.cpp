@@ -134,6 +134,23 @@ TEST_CASE("the rows of O2 are 1 + 1 + 2 + 1 + 2 bytes") {
   CHECK(row(plan, "master", false) == 0);
 }
 
+TEST_CASE("block states with a split master are 5.1 bytes") {
+  const Formats formats{.gradient = DType::e4m3, .state = kSmall};
+  const auto managed = static_cast<std::uint64_t>(kManaged);
+  for (int ranks : {1, 3}) {
+    const EngineConfig config{.level = Level::O2, .formats = formats};
+    const Plan plan = measure(config, ranks)[0].plan;
+    CHECK(per_parameter(plan) >= 5.0625);
+    CHECK(per_parameter(plan) <= 5.1);
+    CHECK(row(plan, "weight", true) == managed);
+    CHECK(row(plan, "master", true) == managed);
+    for (const MemoryRow& r : plan.memory) CHECK(r.predicted == r.measured);
+  }
+  // 1000 * 64, 515 * 80 and 128 * 64 elements: 500, 322 and 64 blocks with a scale each.
+  const Plan plan = measure({.level = Level::O2, .formats = formats}, 1)[0].plan;
+  for (const char* what : {"m", "v"}) CHECK(row(plan, what, true) == managed + 4 * 886);
+}
+
 TEST_CASE("O3 holds 2 + 5/N bytes on average and no rank more than one panel per bucket above") {
   for (int ranks : {2, 3, 4}) {
     for (std::int64_t bucket : {std::int64_t{1}, std::int64_t{32} << 20}) {

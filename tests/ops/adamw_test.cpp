@@ -30,7 +30,9 @@ class Tables {
         v_(ctx, count_ * 4),
         scales_(upload(ctx, std::vector<TensorScale>(5))),
         scalars_(ctx, sizeof(AdamwScalars)),
-        step_scales_(ctx, sizeof(AdamwScales)),
+        steps_(ctx, sizeof(AdamwTensorStep)),
+        groups_(upload<AdamWGroup>(ctx, {config.group()})),
+        group_scalars_(ctx, sizeof(AdamwGroupScalars)),
         flag_(upload<std::uint32_t>(ctx, {0})) {
     for (const Guarded* g : {&master_, &m_, &v_}) write(ctx, g->data(), std::vector<float>(count_));
     write_one(ctx, scalars_.data(), AdamwScalars{});
@@ -53,7 +55,10 @@ class Tables {
     args.segments = segments_.as<Segment>();
     args.segment_count = static_cast<std::int64_t>(segments_host_.size());
     args.scalars = static_cast<AdamwScalars*>(scalars_.data());
-    args.scales = static_cast<AdamwScales*>(step_scales_.data());
+    args.groups = groups_.as<AdamWGroup>();
+    args.group_scalars = static_cast<AdamwGroupScalars*>(group_scalars_.data());
+    args.group_count = 1;
+    args.steps = static_cast<AdamwTensorStep*>(steps_.data());
     args.config = config;
     args.nonfinite = flag_.as<std::uint32_t>();
     args.total_segments = args.segment_count;
@@ -72,13 +77,16 @@ class Tables {
     write(ctx_, master_.data(), values);
     write_one(ctx_, tensor_.master_scale, scale);
   }
-  void measure() { adamw_sum_squares(ctx_, args, static_cast<float*>(sums_->data())); }
+  void measure() { adamw_measure(ctx_, args, static_cast<float*>(sums_->data())); }
   void step() {
     adamw_prepare(ctx_, args);
     adamw_update(ctx_, args);
   }
 
   AdamwScalars scalars() const { return scalars_.values<AdamwScalars>().front(); }
+  AdamwGroupScalars group_scalars() const {
+    return group_scalars_.values<AdamwGroupScalars>().front();
+  }
   std::vector<float> sums() const { return sums_->values<float>(); }
   std::vector<float> master() const { return master_.values<float>(); }
   std::vector<float> m() const { return m_.values<float>(); }
@@ -87,7 +95,7 @@ class Tables {
   std::uint32_t flag() const { return download_one<std::uint32_t>(ctx_, flag_.data()); }
   bool intact() const {
     return gradient_.intact() && master_.intact() && m_.intact() && v_.intact() &&
-           scalars_.intact() && step_scales_.intact() && sums_->intact();
+           scalars_.intact() && steps_.intact() && group_scalars_.intact() && sums_->intact();
   }
 
   AdamwArgs args;
@@ -97,13 +105,29 @@ class Tables {
   std::size_t count_;
   Guarded gradient_, master_, m_, v_;
   Buffer scales_;
-  Guarded scalars_, step_scales_;
+  Guarded scalars_, steps_;
+  Buffer groups_;
+  Guarded group_scalars_;
   Buffer flag_;
   AdamwTensor tensor_;
   Buffer tensors_, segments_;
   std::vector<Segment> segments_host_;
   std::optional<Guarded> sums_;
 };
+
+/// The sum of a segment as defined: 256 lanes that take runs of 16 elements in turn, then a tree.
+float sum_of_segment(const std::vector<float>& g, const Segment& segment) {
+  std::vector<float> lanes(256, 0.0f);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(segment.count); ++i) {
+    const float x = g[static_cast<std::size_t>(segment.begin) + i];
+    float& lane = lanes[i / 16 % 256];
+    lane = std::fma(x, x, lane);
+  }
+  for (std::size_t width = 128; width > 0; width /= 2) {
+    for (std::size_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
 
 bool near(float actual, double expected, double relative) {
   return std::abs(static_cast<double>(actual) - expected) <= relative * std::abs(expected);
@@ -125,12 +149,15 @@ TEST_CASE("scalars of a step follow their definitions") {
         write_one(ctx, tables.args.scalars, start);
         tables.args.lr = 0.25f;
         adamw_prepare(ctx, tables.args);
-        const AdamwScalars s = tables.scalars();
+        const AdamwGroupScalars s = tables.group_scalars();
         INFO(to_string(ctx.device())
              << ", betas " << betas.first << " " << betas.second << ", t " << t);
-        CHECK(s.step == t);
+        CHECK(tables.scalars().step == t);
+        CHECK(tables.scalars().lr == 0.25f);
+        CHECK(tables.scalars().clip == 1.0f);
         CHECK(s.lr == 0.25f);
-        CHECK(s.eps == 1e-6f);
+        CHECK(near(s.root_factor, reference.k2(t) / reference.k1(t), 2e-7));
+        CHECK(near(s.root_eps, reference.eps / reference.k1(t), 2e-7));
         CHECK(s.beta1 == config.beta1);
         CHECK(s.beta2 == config.beta2);
         CHECK(near(s.one_minus_beta1, 1 - reference.beta1, 1e-7));
@@ -138,7 +165,8 @@ TEST_CASE("scalars of a step follow their definitions") {
         CHECK(near(s.k1, reference.k1(t), 2e-7));
         CHECK(near(s.k2, reference.k2(t), 2e-7));
         CHECK(near(s.bound, reference.bound(t), 1e-6));
-        CHECK(s.clip == 1.0f);
+        CHECK(s.l2 == 0.0f);
+        CHECK(s.weight_factor == 1.0f);
       }
     }
   }
@@ -154,12 +182,12 @@ TEST_CASE("the bound is 1 in the first step and has the known limits") {
       Tables tables(ctx, {.beta1 = 0.9f, .beta2 = row.beta2}, {3});
       tables.set_gradient({1.0f, 1.0f, 1.0f});
       adamw_prepare(ctx, tables.args);
-      CHECK(near(tables.scalars().bound, 1.0, 1e-6));
+      CHECK(near(tables.group_scalars().bound, 1.0, 1e-6));
       AdamwScalars late;
       late.step = 1000000;
       write_one(ctx, tables.args.scalars, late);
       adamw_prepare(ctx, tables.args);
-      CHECK(near(tables.scalars().bound, row.limit, 1e-3));
+      CHECK(near(tables.group_scalars().bound, row.limit, 1e-3));
     }
   }
 }
@@ -218,7 +246,9 @@ TEST_CASE("sums of squares, segment by segment, of every size") {
           const auto at = static_cast<std::size_t>(segment.begin + i);
           expected += static_cast<double>(g[at]) * static_cast<double>(g[at]);
         }
-        CHECK(near(sums[static_cast<std::size_t>(segment.index)], expected, 2e-6));
+        const float sum = sums[static_cast<std::size_t>(segment.index)];
+        CHECK(near(sum, expected, 2e-6));
+        CHECK(bits_of(sum) == bits_of(sum_of_segment(g, segment)));
       }
       CHECK(tables.intact());
       const std::vector<float> again = tables.sums();
@@ -339,7 +369,11 @@ TEST_CASE("arguments that do not fit are refused by name") {
     };
     CHECK(missing(error_with([](AdamwArgs& a) { a.tensors = nullptr; }), {"tensors"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.scalars = nullptr; }), {"scalars"}) == "");
-    CHECK(missing(error_with([](AdamwArgs& a) { a.scales = nullptr; }), {"scales"}) == "");
+    CHECK(missing(error_with([](AdamwArgs& a) { a.steps = nullptr; }), {"steps"}) == "");
+    CHECK(missing(error_with([](AdamwArgs& a) { a.groups = nullptr; }), {"groups"}) == "");
+    CHECK(missing(error_with([](AdamwArgs& a) { a.group_count = 0; }), {"groups"}) == "");
+    CHECK(missing(error_with([](AdamwArgs& a) { a.group_scalars = nullptr; }), {"group_scalars"}) ==
+          "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.segments = nullptr; }), {"segment"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.max_norm = -1.0f; }), {"max_norm", "-1"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.max_norm = NAN; }), {"max_norm", "nan"}) == "");
@@ -349,7 +383,7 @@ TEST_CASE("arguments that do not fit are refused by name") {
                   }),
                   {"segment_sums"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.lr = -1.0f; }), {"lr", "-1"}) == "");
-    CHECK(error_of([&] { adamw_sum_squares(ctx, good, nullptr); }) != "no error");
+    CHECK(error_of([&] { adamw_measure(ctx, good, nullptr); }) != "no error");
     CHECK(tables.scalars().step == 0);
     CHECK(error_with([](AdamwArgs&) {}) == "no error");
   }

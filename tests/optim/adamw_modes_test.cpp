@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The modes beside plain AdamW: L2 regularisation, maximize, rounding to nearest, bf16 moments.
-#include <sstream>
-
+#include "octet/core/detail/random.hpp"
 #include "octet/optim/adamw.hpp"
 #include "support/adamw_model.hpp"
+#include "support/adamw_step.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/errors.hpp"
@@ -13,76 +13,61 @@ namespace octet::test {
 namespace {
 
 constexpr std::size_t kCount = 1037;
-const StateFormats kBf16Moments = {DType::bf16, DType::f32, DType::bf16, DType::bf16};
-const StateFormats kBf16O2 = {DType::e4m3, DType::f16, DType::bf16, DType::bf16};
+const Shape kShape = {17, 61};
+const StateFormats kBf16Moments = {WeightFormat::bf16, StateFormat::f32, StateFormat::bf16,
+                                   StateFormat::bf16};
+const StateFormats kBf16O2 = {WeightFormat::e4m3, StateFormat::f16, StateFormat::bf16,
+                              StateFormat::bf16};
 
 std::string describe(const Context& ctx, const StateFormats& f) {
-  std::ostringstream text;
-  text << to_string(ctx.device()) << ", master " << name_of(f.master) << ", m " << name_of(f.m)
-       << ", v " << name_of(f.v);
-  return text.str();
+  return to_string(ctx.device()) + ", " + test::describe(f);
 }
 
-/// One step; the first element that is off the double formulas, run on the decoded states of
-/// before, by more than the gap of codes it lies in and the FP32 error; or an amax that is not the
-/// largest stored magnitude.
-std::string stepped(AdamwModel& model, AdamwReference reference, const std::vector<float>& gradient,
-                    std::int64_t t, float max_norm = 0.0f) {
+/// One checked step; the first violation.
+std::string stepped(AdamwModel& model, const StateFormats& formats, const Shape& shape,
+                    AdamwReference reference, const std::vector<float>& gradient, std::int64_t t,
+                    float max_norm = 0.0f) {
   const Doubles g = model.set_gradient(0, gradient);
-  const Stored old_w = model.master(0), old_m = model.m(0), old_v = model.v(0);
+  const StepChecker checker(model, 0, formats, shape, g);
   model.step(static_cast<float>(reference.lr), max_norm);
   reference.clip = static_cast<double>(model.scalars().clip);
-  const Stored w = model.master(0), m = model.m(0), v = model.v(0);
-  const double limit = reference.bound(t);
-  std::ostringstream text;
-  if (model.scalars().step != t) text << "skipped; ";
-  for (std::size_t i = 0; i < g.size() && text.str().empty(); ++i) {
-    const auto compare = [&](const char* what, const Stored& stored, double exact, double error) {
-      const double scale = static_cast<double>(stored.scale.scale);
-      const double largest = std::max(std::abs(exact), std::abs(stored.values[i]));
-      if (stored.dtype != DType::f32) {
-        error += table_of(stored.dtype).gap_at(largest * scale) / scale * (1 + 1e-6);
-      }
-      if (std::abs(stored.values[i] - exact) <= error) return;  // false for NaN
-      text << what << "[" << i << "] at step " << t << ": " << stored.values[i] << " instead of "
-           << exact << " (g " << g[i] << ", w " << old_w.values[i] << ", scale " << scale << "); ";
-    };
-    const double old = old_w.values[i];
-    const double exact_m = reference.next_m(old_m.values[i], g[i], old);
-    const double exact_v = reference.next_v(old_v.values[i], g[i], old);
-    const double exact_ratio = reference.ratio(exact_m, exact_v, t, limit);
-    // Sums may cancel: their FP32 error goes by the size of the terms.
-    const double decay = reference.decoupled ? 0.0 : reference.weight_decay * std::abs(old);
-    const double terms_g = reference.clip * std::abs(g[i]) + decay;
-    const double terms_m =
-        reference.beta1 * std::abs(old_m.values[i]) + (1 - reference.beta1) * terms_g;
-    const double effective = std::abs(reference.effective(g[i], old));
-    const double error_v =
-        4e-7 * exact_v + 1e-44 +
-        (1 - reference.beta2) * (2 * effective + 2e-7 * terms_g) * 2e-7 * terms_g;
-    const double error_ratio = 3e-6 * reference.ratio(terms_m, exact_v, t, 1e30) +
-                               std::abs(exact_ratio) * error_v / (exact_v + 1e-44) + 1e-6;
-    compare("m", m, exact_m, 3e-7 * terms_m + 1e-44);
-    compare("v", v, exact_v, error_v);
-    compare("master", w, reference.next_weight(old, exact_ratio),
-            2e-7 * std::abs(old) + reference.lr * error_ratio);
-    if (exact_v > 2e-44 && v.codes[i] == 0) text << "v[" << i << "] > 0 was stored as 0; ";
+  return model.scalars().step == t ? checker.check(reference, t) : "skipped";
+}
+
+std::uint32_t bits_between(std::uint32_t word, int first, int count) {
+  return (word >> first) & ((1u << count) - 1);
+}
+
+/// Code of a scaled magnitude with a random field of `bits` bits, as the contract has it.
+std::uint32_t stochastic_code(StateFormat format, float y, std::uint32_t field, int bits) {
+  const bool bf16 = format == StateFormat::bf16, f16 = format == StateFormat::f16;
+  const bool split = format == StateFormat::split;
+  const float lower = bf16 ? 1.0f : f16 ? 0x1p-112f : 0x1p-120f;
+  const int dropped = bf16 ? 16 : f16 ? 13 : split ? 12 : 20;
+  const std::uint32_t top = bf16 ? 0x7F7F : f16 ? 0x7BFF : split ? 0x7E00 : 0x7E;
+  const std::uint32_t noise = (field << (dropped - bits)) | (1u << (dropped - bits - 1));
+  return std::min((bits_of(std::abs(y) * lower) + noise) >> dropped, top);
+}
+
+/// Scale to encode of every element: the tensor's, or 448 / amax of the block's FP32 values, whose
+/// inverse must be what is stored.
+std::vector<float> scales_of(const Stored& stored, const std::vector<float>& values) {
+  std::vector<float> scales(values.size(), stored.scale.scale);
+  for (std::size_t block = 0; block < stored.blocks.size(); ++block) {
+    float amax = 448.0f * 0x1p-126f;
+    const std::size_t begin = 128 * block, end = std::min(begin + 128, values.size());
+    for (std::size_t i = begin; i < end; ++i) amax = std::max(amax, std::abs(values[i]));
+    REQUIRE(stored.blocks[block] == amax / 448.0f);
+    for (std::size_t i = begin; i < end; ++i) scales[i] = 448.0f / amax;
   }
-  for (const Stored* stored : {&w, &m, &v}) {
-    const double amax = static_cast<double>(stored->scale.amax);
-    if (!(std::isfinite(amax) && amax == amax_of(stored->values))) {
-      text << name_of(stored->dtype) << " amax " << amax << " at step " << t << "; ";
-    }
-    if (stored->dtype == DType::bf16 && stored->scale.scale != 1.0f) text << "bf16 has a scale; ";
-  }
-  return text.str();
+  return scales;
 }
 
 /// Everything stored after `steps` steps with clipping; gradients times `sign`.
 std::vector<std::uint8_t> bytes_after(const Context& ctx, const AdamWConfig& config,
                                       const StateFormats& formats, DType gradient, int steps,
                                       float sign = 1.0f) {
-  AdamwModel model(ctx, config, {{{17, 61}, formats, gradient, 0.1f}});
+  AdamwModel model(ctx, config, {{kShape, formats, gradient, 0.1f}});
   model.initialise(0, normal_values(kCount, 40, 0.02f));
   for (int t = 0; t < steps; ++t) {
     std::vector<float> g = normal_values(kCount, static_cast<std::uint32_t>(41 + t), 0.1f);
@@ -104,14 +89,14 @@ TEST_CASE("L2 regularisation and maximize take the steps of double-precision Ada
       for (bool maximize : {false, true}) {
         INFO(to_string(ctx.device()) << ", decoupled " << decoupled << ", maximize " << maximize);
         const AdamWConfig config{.decoupled_weight_decay = decoupled, .maximize = maximize};
-        AdamwModel model(ctx, config, {{{17, 61}, kPlain, DType::f32, 0.1f}});
+        AdamwModel model(ctx, config, {{kShape, kPlain, DType::f32, 0.1f}});
         model.initialise(0, normal_values(kCount, 1));
         const AdamwReference reference(config, 1e-3f, 0.1f);
         Doubles w = model.master(0).values, m(kCount, 0.0), v(kCount, 0.0);
         for (std::int64_t t = 1; t <= 20; ++t) {
           const auto g = normal_values(kCount, static_cast<std::uint32_t>(1 + t), 0.05f);
           reference.step(t, Doubles(g.begin(), g.end()), w, m, v);
-          REQUIRE(stepped(model, reference, g, t) == "");
+          REQUIRE(stepped(model, kPlain, kShape, reference, g, t) == "");
         }
         Doubles off_w = model.master(0).values, off_m = model.m(0).values,
                 off_v = model.v(0).values;
@@ -128,7 +113,7 @@ TEST_CASE("L2 regularisation and maximize take the steps of double-precision Ada
 
 TEST_CASE("the L2 term is in both moments, with either sign of the gradient and every format") {
   for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& formats : {kPlain, kO1, kO2, kBf16O2}) {
+    for (const StateFormats& formats : {kPlain, kO1, kO2, kBf16O2, kSmall, kBlocksAlone}) {
       for (bool maximize : {false, true}) {
         INFO(describe(ctx, formats) << ", maximize " << maximize);
         const AdamWConfig config{.decoupled_weight_decay = false, .maximize = maximize};
@@ -136,10 +121,11 @@ TEST_CASE("the L2 term is in both moments, with either sign of the gradient and 
         model.initialise(0, std::vector<float>(64, 2.0f));  // 0.5 * 2 = 1 joins a zero gradient
         model.set_gradient(0, std::vector<float>(64, 0.0f));
         model.step(1e-2f);
+        const Stored w = model.master(0), m = model.m(0), v = model.v(0);
         for (std::size_t i = 0; i < 64; ++i) {
-          REQUIRE(std::abs(model.m(0).values[i] - 0.1) < 0.0125);
-          REQUIRE(std::abs(model.v(0).values[i] - 0.05) < 0.0005);
-          REQUIRE(std::abs(model.master(0).values[i] - 1.99) < 0.0021);
+          REQUIRE(std::abs(m.values[i] - 0.1) < 0.0125);
+          REQUIRE(std::abs(v.values[i] - 0.05) < 0.0005);
+          REQUIRE(std::abs(w.values[i] - 1.99) < 0.0021);
         }
       }
     }
@@ -148,15 +134,15 @@ TEST_CASE("the L2 term is in both moments, with either sign of the gradient and 
 
 TEST_CASE("strong L2 with tiny gradients stays within the bounds of its scales") {
   for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& formats : {kO1, kO2, kBf16O2}) {
+    for (const StateFormats& formats : {kO1, kO2, kBf16O2, kSmall}) {
       INFO(describe(ctx, formats));
       const AdamWConfig config{.seed = 5, .decoupled_weight_decay = false};
-      AdamwModel model(ctx, config, {{{17, 61}, formats, DType::e4m3, 10.0f}});
+      AdamwModel model(ctx, config, {{kShape, formats, DType::e4m3, 10.0f}});
       model.initialise(0, normal_values(kCount, 30, 0.02f));
       const AdamwReference reference(config, 1e-3f, 10.0f);
       for (std::int64_t t = 1; t <= 200; ++t) {
         const auto g = normal_values(kCount, static_cast<std::uint32_t>(t), 1e-6f);
-        REQUIRE(stepped(model, reference, g, t) == "");
+        REQUIRE(stepped(model, formats, kShape, reference, g, t) == "");
       }
     }
   }
@@ -164,7 +150,8 @@ TEST_CASE("strong L2 with tiny gradients stays within the bounds of its scales")
 
 TEST_CASE("maximize is minimising the negated gradient, bit for bit") {
   for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& formats : {kPlain, kO0, kO1, kO2, kBf16Moments, kBf16O2}) {
+    for (const StateFormats& formats :
+         {kPlain, kO0, kO1, kO2, kBf16Moments, kBf16O2, kSmallTransposed}) {
       for (DType gradient : kGradientFormats) {
         for (bool decoupled : {true, false}) {
           INFO(describe(ctx, formats) << ", gradient " << name_of(gradient));
@@ -179,22 +166,18 @@ TEST_CASE("maximize is minimising the negated gradient, bit for bit") {
   }
 }
 
-TEST_CASE("bf16 moments take the steps of double-precision AdamW") {
+TEST_CASE("every combination of formats takes clipped steps in the modes apart from the default") {
+  const AdamWConfig config{
+      .seed = 11, .decoupled_weight_decay = false, .maximize = true, .stochastic_rounding = false};
   for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& base : {kPlain, kO0, kO2}) {
-      for (DType m : kMFormats) {
-        for (DType v : kVFormats) {
-          if (m != DType::bf16 && v != DType::bf16) continue;
-          const StateFormats formats = {base.weight, base.master, m, v};
-          INFO(describe(ctx, formats));
-          const AdamWConfig config{.seed = 11};
-          AdamwModel model(ctx, config, {{{17, 61}, formats, DType::f32, 0.1f}});
-          model.initialise(0, normal_values(kCount, 50, 0.02f));
-          for (std::int64_t t = 1; t <= 10; ++t) {
-            const auto g = normal_values(kCount, static_cast<std::uint32_t>(50 + t), 1e-3f);
-            REQUIRE(stepped(model, {config, 1e-3f, 0.1f}, g, t, t > 5 ? 1e-2f : 0.0f) == "");
-          }
-        }
+    for (const StateFormats& formats : all_formats()) {
+      INFO(describe(ctx, formats));
+      AdamwModel model(ctx, config, {{kShape, formats, DType::f32, 0.1f}});
+      model.initialise(0, normal_values(kCount, 50, 0.02f));
+      for (std::int64_t t = 1; t <= 6; ++t) {
+        const auto g = normal_values(kCount, static_cast<std::uint32_t>(50 + t), 1e-3f);
+        const float max_norm = t > 3 ? 1e-2f : 0.0f;
+        REQUIRE(stepped(model, formats, kShape, {config, 1e-3f, 0.1f}, g, t, max_norm) == "");
       }
     }
   }
@@ -232,44 +215,118 @@ TEST_CASE("a bf16 second moment follows a drop of the gradient and is never 0 by
 }
 
 TEST_CASE("without stochastic rounding every state is the nearest code and no seed matters") {
+  const AdamWConfig config{.seed = 1, .stochastic_rounding = false};
+  const AdamWConfig other{.seed = 2, .stochastic_rounding = false};
   for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& formats : {kO2, kBf16O2, kBf16Moments}) {
+    for (const StateFormats& formats : {kO2, kBf16O2, kBf16Moments, kSmall, kBlocksAlone}) {
       INFO(describe(ctx, formats));
-      const AdamWConfig config{.seed = 1, .stochastic_rounding = false};
-      const AdamWConfig other{.seed = 2, .stochastic_rounding = false};
-      AdamwModel model(ctx, config, {{{17, 61}, formats}});
+      AdamwModel model(ctx, config, {{kShape, formats}});
       model.initialise(0, normal_values(kCount, 60));
-      const std::vector<float> g = wide_values(kCount, 61, -20, 0);
+      std::vector<float> g = wide_values(kCount, 61, -20, 0);
+      for (std::size_t i = 256; i < 384; ++i) g[i] = 0.0f;
+      for (std::size_t i = 512; i < 640; ++i) g[i] *= 0x1p-122f;  // below the smallest block scale
       model.set_gradient(0, g);
       model.step(0.0f);
-      const auto nearest = [](const Stored& stored, std::size_t i, float value) {
-        const double scaled = static_cast<double>(value) * static_cast<double>(stored.scale.scale);
-        return stored.codes[i] == table_of(stored.dtype).encode(scaled);
-      };
-      const Stored m = model.m(0), v = model.v(0);
-      int wrong = 0;
-      for (std::size_t i = 0; i < kCount; ++i) {  // from zero: one FP32 product each
-        wrong +=
-            (1.0f - config.beta1) * g[i] != 0.0f && !nearest(m, i, (1.0f - config.beta1) * g[i]);
-        const float square = (1.0f - config.beta2) * (g[i] * g[i]);
-        const bool lifted = square > 0 && v.codes[i] == 1;  // a positive v is not stored as 0
-        wrong += !nearest(v, i, square) &&
-                 !(lifted && square * v.scale.scale <= table_of(v.dtype).values()[1]);
+      // From zero: one FP32 product each, and its root.
+      std::vector<float> first(kCount), second(kCount);
+      for (std::size_t i = 0; i < kCount; ++i) {
+        first[i] = (1.0f - config.beta1) * g[i];
+        second[i] = (1.0f - config.beta2) * (g[i] * g[i]);
+        if (formats.v == StateFormat::sqrt_e4m3_block) second[i] = std::sqrt(second[i]);
       }
-      CHECK(wrong == 0);
-      // Zero gradients leave the decay: w' = (1 - lr wd) w, one FP32 product.
-      AdamwModel decay(ctx, config, {{{17, 61}, kO2, DType::f32, 0.1f}});
-      decay.initialise(0, normal_values(kCount, 62));
-      decay.set_gradient(0, std::vector<float>(kCount, 0.0f));
-      const Stored old = decay.master(0);
-      decay.step(0.25f);
-      const Stored w = decay.master(0);
-      const float factor = std::fma(-0.25f, 0.1f, 1.0f);
-      for (std::size_t i = 0; i < kCount; ++i)
-        wrong += !nearest(w, i, factor * static_cast<float>(old.values[i]));
+      const Stored m = model.m(0), v = model.v(0);
+      const std::vector<float> m_scales = scales_of(m, first), v_scales = scales_of(v, second);
+      const auto nearest = [](const Stored& stored, float value, float scale) {
+        return stored.table().encode(static_cast<double>(value * scale));
+      };
+      int wrong = 0;
+      for (std::size_t i = 0; i < kCount; ++i) {
+        wrong += first[i] != 0.0f && m.codes[i] != nearest(m, first[i], m_scales[i]);
+        const std::uint32_t code = nearest(v, second[i], v_scales[i]);
+        wrong += v.codes[i] != (second[i] > 0 ? std::max(code, 1u) : code);
+      }
       CHECK(wrong == 0);
       const auto bytes = bytes_after(ctx, config, formats, DType::e4m3, 4);
       CHECK(first_difference(bytes_after(ctx, other, formats, DType::e4m3, 4), bytes) == "");
+    }
+  }
+}
+
+TEST_CASE("without stochastic rounding a decayed master is the nearest code") {
+  // Zero gradients leave the decay: w' = (1 - lr wd) w, one FP32 product.
+  const AdamWConfig config{.stochastic_rounding = false};
+  for (const Context& ctx : test_contexts()) {
+    for (const StateFormats& formats : {kO2, kSmall}) {
+      INFO(describe(ctx, formats));
+      AdamwModel model(ctx, config, {{kShape, formats, DType::f32, 0.1f}});
+      model.initialise(0, normal_values(kCount, 62));
+      model.set_gradient(0, std::vector<float>(kCount, 0.0f));
+      const Stored old = model.master(0);
+      model.step(0.25f);
+      const Stored w = model.master(0);
+      const float factor = std::fma(-0.25f, 0.1f, 1.0f);
+      int wrong = 0;
+      for (std::size_t i = 0; i < kCount; ++i) {
+        const float value = factor * static_cast<float>(old.values[i]);
+        const double y = static_cast<double>(value * w.scale.scale);
+        const std::uint32_t sign = std::signbit(y) ? 0x8000u : 0u;
+        const bool split = formats.master == StateFormat::split;
+        wrong += w.codes[i] != (split ? sign | nearest_split(y) : w.table().encode(y));
+      }
+      CHECK(wrong == 0);
+    }
+  }
+}
+
+TEST_CASE(
+    "stochastic rounding takes its fields of the element's word: m 10, v 12, master 10 bits") {
+  const AdamWConfig config{.weight_decay = 0.1f, .seed = 19};
+  const auto magnitude = [](const Stored& stored, std::size_t i) {
+    return stored.codes[i] & (stored.table().sign_bit() - 1);
+  };
+  for (const Context& ctx : test_contexts()) {
+    for (const StateFormats& formats : {kO2, kBf16O2, kSmall}) {
+      INFO(describe(ctx, formats));
+      AdamwModel model(ctx, config, {{kShape, formats, DType::f32, 0.1f}});
+      model.initialise(0, normal_values(kCount, 63));
+      // The moments from zero: one FP32 product each, and its root.
+      const std::vector<float> g = normal_values(kCount, 64);
+      model.set_gradient(0, g);
+      model.step(0.0f);
+      const Stored m = model.m(0), v = model.v(0);
+      std::vector<float> first(kCount), second(kCount);
+      for (std::size_t i = 0; i < kCount; ++i) {
+        first[i] = (1.0f - config.beta1) * g[i];
+        second[i] = (1.0f - config.beta2) * (g[i] * g[i]);
+        if (is_root(formats.v)) second[i] = std::sqrt(second[i]);
+      }
+      const std::vector<float> m_scales = scales_of(m, first), v_scales = scales_of(v, second);
+      int wrong = 0;
+      for (std::size_t i = 0; i < kCount; ++i) {
+        const std::uint32_t word = detail::random_word(19, 1, i);
+        wrong += magnitude(m, i) !=
+                 stochastic_code(formats.m, first[i] * m_scales[i], bits_between(word, 14, 10), 10);
+        const std::uint32_t code =
+            stochastic_code(formats.v, second[i] * v_scales[i], bits_between(word, 2, 12), 12);
+        wrong += magnitude(v, i) != (second[i] > 0 ? std::max(code, 1u) : code);
+      }
+      CHECK(wrong == 0);
+
+      // The master by the decay alone: one FP32 product.
+      AdamwModel decayed(ctx, config, {{kShape, formats, DType::f32, 0.1f}});
+      decayed.initialise(0, normal_values(kCount, 65));
+      const Stored old = decayed.master(0);
+      decayed.set_gradient(0, std::vector<float>(kCount, 0.0f));
+      decayed.step(0.25f);
+      const Stored w = decayed.master(0);
+      const float factor = std::fma(-0.25f, 0.1f, 1.0f);
+      for (std::size_t i = 0; i < kCount; ++i) {
+        const float y = factor * static_cast<float>(old.values[i]) * w.scale.scale;
+        const std::uint32_t word = detail::random_word(19, 1, i);
+        const std::uint32_t field = bits_between(word, 24, 8) | bits_between(word, 0, 2) << 8;
+        wrong += (w.codes[i] & 0x7FFF) != stochastic_code(formats.master, y, field, 10);
+      }
+      CHECK(wrong == 0);
     }
   }
 }
@@ -285,7 +342,7 @@ TEST_CASE("CPU and CUDA store the same bytes in every mode") {
                              .decoupled_weight_decay = (mode & 1) == 0,
                              .maximize = (mode & 2) != 0,
                              .stochastic_rounding = (mode & 4) == 0};
-    for (const StateFormats& f : {kPlain, kO0, kO1, kO2, kBf16Moments, kBf16O2}) {
+    for (const StateFormats& f : {kPlain, kO0, kO1, kO2, kBf16Moments, kBf16O2, kSmallTransposed}) {
       for (DType gradient : kGradientFormats) {
         INFO(describe(contexts[1], f) << ", gradient " << name_of(gradient) << ", mode " << mode);
         CHECK(first_difference(bytes_after(contexts[1], config, f, gradient, 4),
@@ -299,8 +356,7 @@ TEST_CASE("bf16 moments near FP32's maximum stay finite however they are rounded
   for (const Context& ctx : test_contexts()) {
     for (bool stochastic : {false, true}) {
       const AdamWConfig config{.beta1 = 0.0f, .beta2 = 0.1f, .stochastic_rounding = stochastic};
-      const StateFormats formats = {DType::bf16, DType::f32, DType::bf16, DType::bf16};
-      AdamwModel model(ctx, config, {{{8}, formats, DType::f32}});
+      AdamwModel model(ctx, config, {{{8}, kBf16Moments, DType::f32}});
       model.initialise(0, normal_values(8, 1));
       std::vector<float> g(8, 1.0f);
       g[0] = 1.8446e19f;  // its square is the largest that FP32 holds

@@ -11,51 +11,71 @@
 namespace octet::test {
 namespace {
 
-/// The formats with a path of their own, and one without.
+/// The formats of the levels, the smallest states with every weight, and a mixture.
 struct Row {
   const char* name;
   StateFormats formats;
   DType gradient;
 };
-const Row kRows[] = {{"O0", kO0, DType::bf16},
-                     {"O1", kO1, DType::e4m3},
-                     {"O2", kO2, DType::e4m3},
-                     {"mixed", {DType::e4m3, DType::f32, DType::bf16, DType::f16}, DType::f32}};
+using S = StateFormat;
+const Row kRows[] = {
+    {"O0", kO0, DType::bf16},
+    {"O1", kO1, DType::e4m3},
+    {"O2", kO2, DType::e4m3},
+    {"small", kSmall, DType::e4m3},
+    {"small with a transpose", kSmallTransposed, DType::bf16},
+    {"blocks alone", kBlocksAlone, DType::bf16},
+    {"blocks of m", {.m = S::e4m3_block, .v = S::f16}, DType::e4m3},
+    {"blocks of v", {WeightFormat::bf16, S::f16, S::bf16, S::sqrt_e4m3_block}, DType::f32},
+    {"mixed", {WeightFormat::e4m3, S::f32, S::bf16, S::f16}, DType::f32}};
 
 // Around a vector, a block of 128, a round of all threads and a segment; a prime; one element.
 const std::int64_t kSizes[] = {1,    7,    8,    9,     127,   128,   129,
                                2047, 2048, 2049, 16383, 16384, 16385, 40009};
 
+/// A vector, or a matrix as near to a square as the count has it.
+Shape shape_of(const StateFormats& formats, std::int64_t count) {
+  if (formats.weight != WeightFormat::e4m3_and_transpose) return {count};
+  std::int64_t rows = 1;
+  for (std::int64_t n = 1; n * n <= count; ++n) rows = count % n == 0 ? n : rows;
+  return {rows, count / rows};
+}
+
 /// Everything stored after three steps over all sizes at once, every gradient and weight starting
 /// `offset` elements into its buffer.
 std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::int64_t offset) {
-  std::vector<Tensor> weights, gradients;
+  std::vector<Tensor> weights, transposed, gradients;
   const Buffer scales = upload(ctx, std::vector<TensorScale>(std::size(kSizes)));
   std::vector<AdamWParam> params;
-  const auto shifted = [&](const Tensor& tensor, std::int64_t count) {
+  const auto shifted = [&](const Tensor& tensor, const Shape& shape) {
     char* data = static_cast<char*>(tensor.view().data);
     const auto bytes = static_cast<std::int64_t>(size_of(tensor.view().dtype));
-    return TensorView{data + offset * bytes, tensor.view().dtype, {count}, ctx.device()};
+    return TensorView{data + offset * bytes, tensor.view().dtype, shape, ctx.device()};
   };
   for (std::int64_t count : kSizes) {
-    weights.emplace_back(ctx, row.formats.weight, Shape{count + offset});
+    const WeightFormat weight = row.formats.weight;
+    const Shape shape = shape_of(row.formats, count);
+    weights.emplace_back(ctx, dtype_of(weight), Shape{count + offset});
+    transposed.emplace_back(ctx, DType::e4m3, Shape{count + offset});
     gradients.emplace_back(ctx, row.gradient, Shape{count + offset});
     const Encoded g = encode_values(
         row.gradient,
         normal_values(static_cast<std::size_t>(count), static_cast<std::uint32_t>(count), 0.1f));
     AdamWParam param;
     param.name = std::to_string(count);
-    param.shape = {count};
+    param.shape = shape;
     param.formats = row.formats;
-    param.weight = shifted(weights.back(), count);
-    param.gradient = shifted(gradients.back(), count);
+    if (weight != WeightFormat::none) param.weight = shifted(weights.back(), shape);
+    if (weight == WeightFormat::e4m3_and_transpose) {
+      param.weight_transposed = shifted(transposed.back(), {shape[1], shape[0]});
+    }
+    param.gradient = shifted(gradients.back(), shape);
     param.gradient_scale = scales.as<TensorScale>() + params.size();
-    param.weight_decay = 0.1f;
     write(ctx, param.gradient.data, g.bytes);
     write_one(ctx, param.gradient_scale, g.scale);
     params.push_back(param);
   }
-  AdamW optimizer(ctx, {.seed = 3}, params);
+  AdamW optimizer(ctx, {.weight_decay = 0.1f, .seed = 3}, params);
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Buffer values =
         upload(ctx, normal_values(static_cast<std::size_t>(kSizes[i]), 77, 0.02f));
@@ -67,10 +87,13 @@ std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::i
   std::vector<std::uint8_t> all;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const int p = static_cast<int>(i);
-    for (const TensorView& view :
-         {params[i].weight, optimizer.master(p).data, optimizer.m(p).data, optimizer.v(p).data}) {
-      const auto bytes = download_bytes(ctx, view);
+    const auto append = [&all](const std::vector<std::uint8_t>& bytes) {
       all.insert(all.end(), bytes.begin(), bytes.end());
+    };
+    append(download_bytes(ctx, params[i].weight));
+    append(download_bytes(ctx, params[i].weight_transposed));
+    for (const StateView& view : {optimizer.master(p), optimizer.m(p), optimizer.v(p)}) {
+      append(download_state(ctx, view));
     }
   }
   const auto stored = bytes_of(download<TensorScale>(

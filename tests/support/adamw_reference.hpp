@@ -40,6 +40,16 @@ struct AdamwReference {
         maximize(config.maximize),
         decoupled(config.decoupled_weight_decay) {}
 
+  /// The modes of a configuration with the hyper-parameters of a group.
+  AdamwReference(const AdamWConfig& config, const AdamWGroup& group, float rate)
+      : beta1(static_cast<double>(group.beta1)),
+        beta2(static_cast<double>(group.beta2)),
+        eps(static_cast<double>(group.eps)),
+        lr(static_cast<double>(rate) * static_cast<double>(group.lr_factor)),
+        weight_decay(static_cast<double>(group.weight_decay)),
+        maximize(config.maximize),
+        decoupled(config.decoupled_weight_decay) {}
+
   double k1(std::int64_t t) const { return 1 / (1 - std::pow(beta1, static_cast<double>(t))); }
   double k2(std::int64_t t) const {
     return 1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(t)));

@@ -36,7 +36,7 @@ T download_one(const Context& ctx, const void* data) {
 }
 
 inline std::vector<std::uint8_t> download_bytes(const Context& ctx, const TensorView& view) {
-  return download<std::uint8_t>(ctx, view.data, view.bytes());
+  return download<std::uint8_t>(ctx, view.data, view.empty() ? 0 : view.bytes());
 }
 
 /// Overwrites device memory with host values and waits.

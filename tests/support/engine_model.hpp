@@ -72,8 +72,9 @@ struct RankResult {
   std::vector<TensorScale> weight_scales;
   std::vector<TensorScale> scales;  ///< all of the optimizer
   std::vector<Segment> segments;
-  std::vector<Bytes> master, m, v;  ///< this rank's shards
-  std::vector<float> norms;         ///< of every step
+  std::vector<Bytes> master, m, v;        ///< this rank's shards
+  std::vector<Bytes> m_blocks, v_blocks;  ///< and their block scales
+  std::vector<float> norms;               ///< of every step
   std::int64_t step = 0, skipped = 0;
   Plan plan;
   std::uint64_t payload_per_step = 0;  ///< measured in the last step
@@ -103,6 +104,15 @@ inline void hand_over(Engine& engine, const Context& ctx, const GradientFn& grad
   }
 }
 
+inline Bytes codes_of(const Context& ctx, const StateView& view) {
+  const auto count = static_cast<std::size_t>(view.count);
+  return download<std::uint8_t>(ctx, view.data, count * size_of(view.format));
+}
+inline Bytes blocks_of(const Context& ctx, const StateView& view) {
+  const auto blocks = static_cast<std::size_t>(block_count(view.format, view.count));
+  return download<std::uint8_t>(ctx, view.blocks, blocks * sizeof(float));
+}
+
 inline RankResult read_back(const Engine& engine, const Context& ctx) {
   RankResult result;
   const AdamW& optimizer = engine.optimizer();
@@ -111,9 +121,12 @@ inline RankResult read_back(const Engine& engine, const Context& ctx) {
     result.weights.push_back(download_bytes(ctx, weight.data));
     result.weight_scales.push_back(
         weight.scale != nullptr ? download_one<TensorScale>(ctx, weight.scale) : TensorScale{});
-    result.master.push_back(download_bytes(ctx, optimizer.master(p).data));
-    result.m.push_back(download_bytes(ctx, optimizer.m(p).data));
-    result.v.push_back(download_bytes(ctx, optimizer.v(p).data));
+    const StateView master = optimizer.master(p), m = optimizer.m(p), v = optimizer.v(p);
+    result.master.push_back(codes_of(ctx, master));
+    result.m.push_back(codes_of(ctx, m));
+    result.v.push_back(codes_of(ctx, v));
+    result.m_blocks.push_back(blocks_of(ctx, m));
+    result.v_blocks.push_back(blocks_of(ctx, v));
   }
   result.scales = download<TensorScale>(ctx, optimizer.scales(),
                                         static_cast<std::size_t>(optimizer.scale_count()));
@@ -163,23 +176,25 @@ inline Formats formats_of_param(const RankResult& result, std::size_t p) {
   return is_managed(p) ? result.plan.formats : Formats{};
 }
 
-/// One state of one parameter, whole, from all ranks' shards.
+/// One state of one parameter, whole, from all ranks' shards: `width` bytes for every `run`
+/// elements.
 inline Bytes gather_state(const std::vector<RankResult>& results, std::size_t p,
-                          std::vector<Bytes> RankResult::*state, std::size_t width) {
+                          std::vector<Bytes> RankResult::*state, std::size_t width,
+                          std::int64_t run = 1) {
   // An FP32 weight is its own master and whole on every rank.
   const StateFormats formats = formats_of_param(results[0], p).state;
-  const bool is_whole = state == &RankResult::master && formats.weight == DType::f32;
-  const std::size_t count = numel_of(model_params()[p]);
-  Bytes whole(count * width, 0xEE);
+  const bool is_whole = state == &RankResult::master && formats.weight == WeightFormat::f32;
+  const auto bytes_for = [&](std::int64_t elements) {
+    return static_cast<std::size_t>((elements + run - 1) / run) * width;
+  };
+  Bytes whole(bytes_for(model_params()[p].shape.numel()), 0xEE);
   for (const RankResult& result : results) {
     const Bytes& shard = (result.*state)[p];
     for (const Segment& segment : result.segments) {
       if (segment.tensor != static_cast<std::int32_t>(p)) continue;
-      const auto from = static_cast<std::size_t>(is_whole ? segment.begin : segment.local) * width;
-      const auto to = static_cast<std::size_t>(segment.begin) * width;
-      const auto bytes = static_cast<std::size_t>(segment.count) * width;
-      std::copy_n(shard.begin() + static_cast<std::ptrdiff_t>(from), bytes,
-                  whole.begin() + static_cast<std::ptrdiff_t>(to));
+      const std::size_t from = bytes_for(is_whole ? segment.begin : segment.local);
+      std::copy_n(shard.begin() + static_cast<std::ptrdiff_t>(from), bytes_for(segment.count),
+                  whole.begin() + static_cast<std::ptrdiff_t>(bytes_for(segment.begin)));
     }
   }
   return whole;
@@ -197,6 +212,8 @@ inline Bytes everything(const std::vector<RankResult>& results) {
     append(gather_state(results, p, &RankResult::master, size_of(f.master)));
     append(gather_state(results, p, &RankResult::m, size_of(f.m)));
     append(gather_state(results, p, &RankResult::v, size_of(f.v)));
+    if (is_block(f.m)) append(gather_state(results, p, &RankResult::m_blocks, 4, kStateBlock));
+    if (is_block(f.v)) append(gather_state(results, p, &RankResult::v_blocks, 4, kStateBlock));
   }
   append(bytes_of(results[0].scales));
   return all;

@@ -17,7 +17,8 @@ struct EngineConfig {
   Level level = Level::O2;
   /// Default: what the level says (O3: optimizer, the others: none).
   std::optional<Sharding> sharding = {};
-  /// Default: the level's formats. Every combination of existing formats works.
+  /// Default: the level's formats. Every combination of existing formats works, but for weights in
+  /// none and e4m3_and_transpose.
   std::optional<Formats> formats = {};
   AdamWConfig adamw = {};
   /// Parameters with at least two dimensions and this many elements are FP8-managed; all others
@@ -35,8 +36,8 @@ struct ParamSpec {
   TensorView init = {};
   /// False keeps the parameter out of FP8 whatever its size.
   bool fp8 = true;
-  /// Instead of the configuration's.
-  std::optional<float> weight_decay = {};
+  /// Hyper-parameters of this parameter's group instead of the configuration's.
+  std::optional<AdamWGroup> group = {};
 };
 
 struct ParamId {

@@ -4,9 +4,22 @@
 #include <cstdint>
 
 #include "octet/ops/segment.hpp"
+#include "octet/ops/state_format.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace octet {
+
+/// Hyper-parameters that may differ between groups of parameters.
+struct AdamWGroup {
+  /// The learning rate of a step times this is the group's.
+  float lr_factor = 1.0f;
+  float beta1 = 0.9f;
+  float beta2 = 0.95f;
+  /// Outside the root, after bias correction; 2^-100 to 2^60.
+  float eps = 1e-8f;
+  float weight_decay = 0.0f;
+  bool operator==(const AdamWGroup&) const = default;
+};
 
 /// Hyper-parameters of AdamW ("Decoupled Weight Decay Regularization", Loshchilov and Hutter,
 /// arXiv 1711.05101), with PyTorch's names and placement of eps.
@@ -28,37 +41,45 @@ struct AdamWConfig {
   /// Refused: the running maximum of v would be a fourth state, and the bound on the update that
   /// the scales rest on does not cover it.
   bool amsgrad = false;
+
+  /// The group of parameters that name none of their own.
+  AdamWGroup group() const {
+    return {.beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = weight_decay};
+  }
 };
 
 /// One tensor of an update, as device memory sees it. Every pointer belongs to the caller.
 struct AdamwTensor {
   /// Reduced gradient: e4m3, bf16 or f32. Its scale holds amax too, which bounds the update.
   const void* gradient = nullptr;
-  const TensorScale* gradient_scale = nullptr;
-  /// Master weight: f32, or f16 with a scale.
+  TensorScale* gradient_scale = nullptr;
+  /// Master weight; of a split one the remainder, an int8 per element.
   void* master = nullptr;
   TensorScale* master_scale = nullptr;
-  /// First moment: f32, bf16, or e4m3 with a scale.
+  /// First moment, and the block scales (to decode) of a block format.
   void* m = nullptr;
+  float* m_blocks = nullptr;
   TensorScale* m_scale = nullptr;
-  /// Second moment: f32, bf16, or f16 with a scale.
+  /// Second moment, and the block scales (to decode) of a block format.
   void* v = nullptr;
+  float* v_blocks = nullptr;
   TensorScale* v_scale = nullptr;
-  /// Compute weight written by the update: e4m3 with a scale, bf16, or null where the FP32 master
-  /// is the weight.
+  /// Compute weight written by the update; null where none is or where the FP32 master is it.
   void* weight = nullptr;
   TensorScale* weight_scale = nullptr;
+  /// Of e4m3_and_transpose: [columns, rows], with the weight's scale.
+  void* weight_transposed = nullptr;
+  std::int64_t rows = 0, columns = 0;
 
   DType gradient_dtype = DType::f32;
-  DType master_dtype = DType::f32;
-  DType m_dtype = DType::f32;
-  DType v_dtype = DType::f32;
-  DType weight_dtype = DType::f32;
+  StateFormats formats = {};
   /// Whether gradient and master are indexed by Segment::local (a shard) or by Segment::begin (the
   /// whole tensor). m and v are always shards, the weight is always whole.
   bool gradient_is_shard = false;
   bool master_is_shard = false;
-  float weight_decay = 0.0f;
+  /// True: the gradient's amax is not known yet; adamw_measure finds it.
+  bool measure_amax = false;
+  std::int32_t group = 0;  ///< index into AdamwArgs::groups
   /// Global index of the tensor's first element for the random words; a multiple of 4.
   std::uint64_t random_base = 0;
 };
@@ -73,24 +94,35 @@ struct AdamwScalars {
   std::uint32_t skip = 0;        ///< 1 if this step changes nothing
   float clip = 1.0f;             ///< factor of clipping, at most 1
   float gradient_factor = 1.0f;  ///< on every gradient: clip, negative when maximizing
+  float lr = 0.0f;               ///< before the groups' factors
+};
+
+/// Scalars of one group in the running step.
+struct AdamwGroupScalars {
   float lr = 0.0f;
   float beta1 = 0.0f, one_minus_beta1 = 0.0f;
   float beta2 = 0.0f, one_minus_beta2 = 0.0f;
-  float k1 = 0.0f;     ///< 1 / (1 - beta1^t)
-  float k2 = 0.0f;     ///< 1 / sqrt(1 - beta2^t)
-  float bound = 0.0f;  ///< largest |ratio| that exact Adam can reach at this step
-  float eps = 0.0f;
-  std::uint32_t l2 = 0;          ///< 1: weight decay joins the gradient
-  std::uint32_t stochastic = 1;  ///< 1: stored states are rounded with random bits
+  float k1 = 0.0f;             ///< 1 / (1 - beta1^t)
+  float k2 = 0.0f;             ///< 1 / sqrt(1 - beta2^t)
+  float root_factor = 0.0f;    ///< k2 / k1
+  float root_eps = 0.0f;       ///< eps / k1
+  float bound = 0.0f;          ///< largest |ratio| that exact Adam can reach at this step
+  float l2 = 0.0f;             ///< weight decay that joins the gradient; 0 where decoupled
+  float weight_factor = 1.0f;  ///< 1 - lr * weight_decay; 1 in L2 mode
 };
 
-/// Scales of one tensor in the running step: how to decode the old state and encode the new one.
-struct AdamwScales {
-  float gradient_inv = 1.0f;
+/// One tensor in the running step: its group's scalars, how to decode the old state, how to encode
+/// the new one. Scratch of the step.
+struct alignas(16) AdamwTensorStep {
+  AdamwGroupScalars group;
+  float gradient_inv = 1.0f;  ///< decodes a gradient and clips it: gradient_factor * scale_inv
   float m_inv = 1.0f, m_scale = 1.0f, m_scale_inv = 1.0f;
   float v_inv = 1.0f, v_scale = 1.0f, v_scale_inv = 1.0f;
   float master_inv = 1.0f, master_scale = 1.0f, master_scale_inv = 1.0f;
   float weight_scale = 1.0f, weight_scale_inv = 1.0f;
+  /// 1: all scales and bounds are far from the ends of FP32's range, so that a product of two
+  /// factors is exact where the formulas multiply by one after the other.
+  std::uint32_t ordinary = 0;
 };
 
 struct AdamwArgs {
@@ -98,9 +130,13 @@ struct AdamwArgs {
   std::int64_t tensor_count = 0;
   const Segment* segments = nullptr;  ///< [segment_count], device memory: what this rank updates
   std::int64_t segment_count = 0;
-  AdamwScalars* scalars = nullptr;  ///< device memory
-  AdamwScales* scales = nullptr;    ///< [tensor_count], device memory, scratch of the step
+  const AdamWGroup* groups = nullptr;          ///< [group_count], device memory
+  AdamwGroupScalars* group_scalars = nullptr;  ///< [group_count], device memory, written per step
+  std::int64_t group_count = 0;
+  AdamwScalars* scalars = nullptr;   ///< device memory
+  AdamwTensorStep* steps = nullptr;  ///< [tensor_count], device memory, written per step
 
+  /// Modes and seed; the groups hold the hyper-parameters.
   AdamWConfig config = {};
   /// Learning rate: read from `lr_device` when that is set, else `lr`.
   float lr = 0.0f;
@@ -114,15 +150,18 @@ struct AdamwArgs {
   std::uint32_t* nonfinite = nullptr;
 };
 
-/// Sum of squares of the decoded gradients, segment by segment, into sums[Segment::index]: 256
-/// strided lanes, then a binary tree, in FP32. Stream-ordered, one launch. Deterministic; equal
-/// bits on CPU and CUDA and for every sharding.
-void adamw_sum_squares(const Context& ctx, const AdamwArgs& args, float* sums);
+/// One read of the gradients. Sums of squares of the decoded values, segment by segment, into
+/// sums[Segment::index]: 256 lanes, of which lane l takes the runs of 16 elements l, l + 256, ...
+/// one after the other, then a binary tree, all in FP32. For tensors with measure_amax also the
+/// amax, as decoded, into the gradient's scale (which must hold 0 or a lower bound before), and
+/// where `nonfinite` is set, 1 into it if a value of any tensor is not finite.
+/// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA and for every sharding.
+void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 
 /// First half of a step: norm and clip factor (a fixed binary tree over the segments in double),
 /// decision to skip, step count, bias corrections, the new scales from the bounds of numerics
-/// section 3. Old scales are taken over into `scales`, the new ones stand in the tensors' scales,
-/// their amax is set to 0. A skipped step changes `skipped` and nothing else.
+/// section 3. How to decode the old state is taken over into `steps`, the new scales stand in the
+/// tensors' scales, their amax is set to 0. A skipped step changes `skipped` and nothing else.
 /// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA.
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 

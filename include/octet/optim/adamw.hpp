@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,29 +11,15 @@
 
 namespace octet {
 
-/// The formats that exist, in any combination: the checks, their messages and the tests go by these
-/// lists. A weight in e4m3 or bf16 is written by the update; in f32 it is the FP32 master itself.
-inline constexpr DType kGradientFormats[] = {DType::f32, DType::bf16, DType::e4m3};
-inline constexpr DType kWeightFormats[] = {DType::f32, DType::bf16, DType::e4m3};
-inline constexpr DType kMasterFormats[] = {DType::f32, DType::f16};
-inline constexpr DType kMFormats[] = {DType::f32, DType::bf16, DType::e4m3};
-inline constexpr DType kVFormats[] = {DType::f32, DType::bf16, DType::f16};
-
-/// Storage formats of one parameter's optimizer.
-struct StateFormats {
-  DType weight = DType::f32;
-  DType master = DType::f32;
-  DType m = DType::f32;
-  DType v = DType::f32;
-  bool operator==(const StateFormats&) const = default;
-};
-
-/// Throws octet::Error naming the field for betas outside [0, 1), eps <= 0, a weight decay that is
-/// negative or not finite, and amsgrad.
+/// Throws octet::Error naming the field for betas outside [0, 1), eps outside [2^-100, 2^60], a
+/// weight decay that is negative or not finite, and amsgrad.
 void check_adamw(const AdamWConfig& config);
+/// The same for a group of parameters, beginning with `what`; also for a learning-rate factor that
+/// is negative or not finite.
+void check_group(const std::string& what, const AdamWGroup& group);
 /// Throws octet::Error, beginning with `what`, for formats that do not exist or that these
 /// hyper-parameters do not bound (beta1^2 >= beta2 with quantised states).
-void check_formats(const std::string& what, const StateFormats& formats, const AdamWConfig& config);
+void check_formats(const std::string& what, const StateFormats& formats, const AdamWGroup& group);
 /// Throws octet::Error, beginning with `what`, for a gradient format that does not exist.
 void check_gradient_format(const std::string& what, DType dtype);
 
@@ -42,16 +29,23 @@ struct AdamWParam {
   StateFormats formats = {};
   /// Reduced gradient, e4m3, bf16 or f32: the whole tensor, or this rank's shard of it.
   TensorView gradient = {};
-  /// Its scale, whose amax bounds the gradient; required for every dtype.
+  /// Its scale, whose amax bounds the gradient. Null for bf16 and f32: the optimizer keeps one
+  /// itself and measure() finds the amax; for whole parameters only.
   TensorScale* gradient_scale = nullptr;
+  /// True: the amax in gradient_scale is not known yet (0), measure() finds that of the pieces; a
+  /// sharded caller takes the maximum over the ranks before step().
+  bool measure_amax = false;
   bool gradient_is_shard = false;
-  /// Compute weight, whole, in formats.weight. With f32 it is the master too.
+  /// Compute weight, whole, in formats.weight; of an f32 weight the master too; empty for `none`.
   TensorView weight = {};
+  /// For e4m3_and_transpose the transposed weight [columns, rows] of a matrix, whole; else empty.
+  TensorView weight_transposed = {};
   /// Pieces of this parameter that this rank updates, unions of whole panels; Piece::tensor is
   /// ignored. `whole` updates everything.
   std::vector<Piece> pieces = {};
   bool whole = true;
-  float weight_decay = 0.0f;
+  /// Hyper-parameters of this parameter's group instead of the configuration's.
+  std::optional<AdamWGroup> group = {};
 };
 
 struct AdamWStep {
@@ -61,34 +55,49 @@ struct AdamWStep {
   std::uint32_t* nonfinite = nullptr;
 };
 
+/// A state of one parameter (this rank's shard), in device memory.
+struct StateView {
+  StateFormat format = StateFormat::f32;
+  std::int64_t count = 0;
+  void* data = nullptr;          ///< `count` codes; of a split master the remainders
+  float* blocks = nullptr;       ///< of a block format: FP32 scales, one for every 128 elements
+  TensorScale* scale = nullptr;  ///< its amax is kept for every format
+};
+
 /// AdamW over a list of parameters: owns m, v and (unless FP32 master and weight are one) the
 /// master, their scales, the step count and the tables. One pass over the memory, everything
 /// decided on the device (numerics section 3).
-/// Memory is taken in the constructor; sum_squares() and step() allocate nothing, do not
-/// synchronise and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same
-/// reduced gradient, for every sharding.
+/// Memory is taken in the constructor; measure() and step() allocate nothing, do not synchronise
+/// and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same reduced
+/// gradient, for every sharding.
 class AdamW {
  public:
-  /// Throws octet::Error naming the parameter and the field for formats that do not exist, betas
-  /// outside [0, 1), eps <= 0, and beta1^2 >= beta2 with quantised states.
+  /// Throws octet::Error naming the parameter and the field for formats that do not exist, views
+  /// that do not fit, betas outside [0, 1), eps outside [2^-100, 2^60], and beta1^2 >= beta2 with
+  /// quantised states.
   AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWParam> params);
 
   /// Sets master and compute weight of parameter i from `values` (f32, bf16 or f16, whole, on the
   /// context's device; may be the weight itself only for f32). m, v start at zero.
   void initialise(int i, const TensorView& values);
 
-  /// First half of clipping: sums of squares of this rank's segments into segment_sums().
-  void sum_squares();
+  /// One read of this rank's gradients: sums of squares of its segments into segment_sums(), for
+  /// clipping; the amax of gradients whose amax is not known; 1 into `nonfinite`, when given, if a
+  /// value is not finite. Needed before step() if that clips or an amax is not known.
+  void measure(std::uint32_t* nonfinite = nullptr);
   /// [total_segments()] in device memory; a sharded caller fills in the other ranks' sums before
   /// step(), each at its segment's index.
   float* segment_sums() const { return sums_.as<float>(); }
   std::int64_t total_segments() const { return total_segments_; }
   const std::vector<Segment>& segments() const { return segments_; }
 
-  /// One step. With max_norm set, segment_sums() must hold all segments' sums.
+  /// One step. With max_norm set, segment_sums() must hold all segments' sums. Throws octet::Error
+  /// when an amax is unknown because measure() has not been called since the last step.
   void step(const AdamWStep& step);
 
   const AdamwScalars* scalars() const { return scalars_.as<AdamwScalars>(); }
+  /// Scalars of the group of parameter i, in device memory, as of the last step.
+  const AdamwGroupScalars* group_scalars(int i) const;
   TensorScale* weight_scale(int i) const { return scale(kWeight, i); }
   /// All scales one after the other ([4 * parameters]: weight, master, m, v): sharded callers take
   /// the maximum of their amax over the ranks after a step.
@@ -103,33 +112,40 @@ class AdamW {
 
   /// Bytes of the tables, scalars and sums beside states and scales.
   std::size_t table_bytes() const {
-    return tensors_.bytes() + segment_table_.bytes() + scalars_.bytes() + step_scales_.bytes() +
-           sums_.bytes();
+    return tensors_.bytes() + segment_table_.bytes() + scalars_.bytes() + steps_.bytes() +
+           groups_.bytes() + group_scalars_.bytes() + sums_.bytes() + gradient_scales_.bytes();
   }
 
-  /// State views of parameter i (this rank's shard).
-  ScaledView m(int i) const;
-  ScaledView v(int i) const;
-  /// Of an f32 weight the whole weight, which is its master.
-  ScaledView master(int i) const;
+  /// States of parameter i (this rank's shard). The master of an f32 weight is the whole weight.
+  StateView m(int i) const;
+  StateView v(int i) const;
+  StateView master(int i) const;
 
  private:
   enum Slot { kWeight, kMaster, kM, kV };
+  struct State {
+    Buffer codes, blocks;
+  };
   TensorScale* scale(Slot slot, int i) const;
   void check_index(int i) const;
-  std::size_t grow(std::vector<Tensor>& states, DType dtype, std::int64_t numel);
+  std::size_t grow(std::vector<State>& states, StateFormat format, std::int64_t count);
+  std::int32_t group_index(const AdamWGroup& group);
   AdamwTensor make_tensor(int i, std::uint64_t random_base);
   AdamwArgs args(const AdamWStep& step) const;
 
   Context ctx_;
   AdamWConfig config_;
   std::vector<AdamWParam> params_;
-  std::vector<Tensor> m_, v_, master_;
+  std::vector<AdamWGroup> groups_host_;
+  std::vector<State> m_, v_, master_;
   std::vector<StateBytes> bytes_;
   std::vector<AdamwTensor> tensors_host_;
   std::vector<Segment> segments_;
   std::int64_t total_segments_ = 0;
-  Buffer tensors_, segment_table_, scalars_, step_scales_, scales_, sums_;
+  bool must_measure_ = false;  ///< some amax is not known before measure()
+  bool measured_ = false;
+  Buffer tensors_, segment_table_, scalars_, steps_, groups_, group_scalars_, scales_, sums_;
+  Buffer gradient_scales_;  ///< of gradients that came without one
 };
 
 }  // namespace octet

@@ -12,6 +12,12 @@
 #define OCTET_HD
 #endif
 
+#ifdef __CUDA_ARCH__
+#define OCTET_UNROLL _Pragma("unroll")
+#else
+#define OCTET_UNROLL
+#endif
+
 namespace octet::detail {
 
 template <class To, class From>
@@ -32,5 +38,32 @@ OCTET_HD constexpr bool is_finite_bits(std::uint32_t magnitude) { return magnitu
 /// Fused multiply-add with one rounding. The library is built without contraction, so this is the
 /// only way an fma comes into being and CPU and CUDA agree on where it stands.
 OCTET_HD inline float fma_of(float a, float b, float c) { return ::fmaf(a, b, c); }
+
+/// Both halves of a product of 32-bit numbers.
+struct WideProduct {
+  std::uint32_t low, high;
+};
+OCTET_HD inline WideProduct wide_product(std::uint32_t a, std::uint32_t b) {
+#ifdef __CUDA_ARCH__
+  // A product of 64-bit operands would come with an addition for the upper halves, which are zero.
+  WideProduct p;
+  asm("{\n.reg .u64 t;\nmul.wide.u32 t, %2, %3;\nmov.b64 {%0, %1}, t;\n}"
+      : "=r"(p.low), "=r"(p.high)
+      : "r"(a), "r"(b));
+  return p;
+#else
+  const std::uint64_t p = static_cast<std::uint64_t>(a) * b;
+  return {static_cast<std::uint32_t>(p), static_cast<std::uint32_t>(p >> 32)};
+#endif
+}
+
+/// x within +-limit. x and limit must not be NaN; limit must be positive.
+OCTET_HD inline float clamped(float x, float limit) {
+#ifdef __CUDA_ARCH__
+  return ::fmaxf(::fminf(x, limit), -limit);
+#else
+  return x > limit ? limit : x < -limit ? -limit : x;
+#endif
+}
 
 }  // namespace octet::detail
