@@ -5,7 +5,9 @@
 #include <algorithm>
 
 #include "cuda/check.hpp"
+#include "cuda/device/dependent.cuh"
 #include "cuda/device/reduce.cuh"
+#include "cuda/ops/adamw_rows.cuh"
 #include "cuda/ops/adamw_vector.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 #include "octet/ops/detail/adamw_initial.hpp"
@@ -139,13 +141,64 @@ __device__ bool any_of_team(bool mine) {
   const int block = __syncthreads_or(mine ? 1 : 0);
   if (threadIdx.x == 0) any = block;
   Team::sync();
-  bool result = false;
-  for (unsigned r = 0; r < Team::size(); ++r) result = result || Team::of(any, r) != 0;
-  return result;
+  const bool of_other = threadIdx.x < Team::size() && Team::of(any, threadIdx.x) != 0;
+  return __syncthreads_or(of_other ? 1 : 0) != 0;
 }
 
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(AdamwArgs args) {
+// A table is read and written by one thread per entry: 16 bytes at a time, because every access of
+// a warp goes to as many lines as it has threads.
+template <class T>
+__device__ T load_entry(const T* from) {
+  static_assert(alignof(T) % 16 == 0);
+  struct alignas(16) Words {
+    uint4 word[sizeof(T) / 16];
+  } words;
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(T) / 16; ++i) {
+    words.word[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+  return bit_cast<T>(words);
+}
+template <class T>
+__device__ void store_entry(T* to, const T& entry) {
+  static_assert(alignof(T) % 16 == 0);
+  struct alignas(16) Words {
+    uint4 word[sizeof(T) / 16];
+  };
+  const Words words = bit_cast<Words>(entry);
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(T) / 16; ++i) {
+    reinterpret_cast<uint4*>(to)[i] = words.word[i];
+  }
+}
+
+/// What is known of a tensor before the step is decided.
+struct Prepared {
+  AdamwTensor tensor;
+  AdamwOldScales old;
+  AdamwGroupScalars group;
+  AdamwBounds bounds;
+};
+
+// Groups that a block keeps in shared memory; with more, every tensor computes its own.
+constexpr std::int64_t kSharedGroups = 256;
+
+/// The tensors of a thread are few, usually one: its first is prepared once and kept.
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_kernel(const __grid_constant__ AdamwArgs args) {
   __shared__ AdamwScalars s;
+  __shared__ alignas(16) char group_bytes[kSharedGroups * sizeof(AdamwGroupScalars)];
+  allow_next_kernel();
+  auto* groups = reinterpret_cast<AdamwGroupScalars*>(group_bytes);
+  const std::int64_t first = std::int64_t{Team::rank()} * kPrepareThreads + threadIdx.x;
+  const std::int64_t threads = std::int64_t{Team::size()} * kPrepareThreads;
+  Prepared p{};
+  // These loads run while the scalars are computed.
+  const auto load = [&](std::int64_t t) {
+    p.tensor = load_entry(args.tensors + t);
+    p.old = old_scales_of(p.tensor);
+  };
+  if (first < args.tensor_count) load(first);
   const double sum = args.max_norm > 0.0f ? sum_of_segments(args) : 0.0;
   if (threadIdx.x == 0) {
     s = *args.scalars;
@@ -153,25 +206,44 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(AdamwArgs args
     s.lr = args.lr_device != nullptr ? *args.lr_device : args.lr;
   }
   __syncthreads();
-  const std::int64_t first = std::int64_t{Team::rank()} * kPrepareThreads + threadIdx.x;
-  const std::int64_t threads = std::int64_t{Team::size()} * kPrepareThreads;
-  for (std::int64_t g = first; g < args.group_count; g += threads) {
-    args.group_scalars[g] =
-        group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
+  const auto scalars_of_group = [&](std::int64_t g) {
+    return group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
+  };
+  for (std::int64_t g = threadIdx.x; g < args.group_count; g += kPrepareThreads) {
+    if (g >= kSharedGroups && Team::rank() != 0) break;
+    const AdamwGroupScalars group = scalars_of_group(g);
+    if (g < kSharedGroups) groups[g] = group;
+    if (Team::rank() == 0) args.group_scalars[g] = group;
   }
+  __syncthreads();
   bool skip = must_skip(s, args.nonfinite);
-  Team::sync();  // the groups are written; no block needs the old scalars any more
+  const auto prepare = [&] {
+    const std::int32_t g = p.tensor.group;
+    p.group = g < kSharedGroups ? groups[g] : scalars_of_group(g);
+    p.bounds = bounds_of(s, p.group, p.tensor.gradient_dtype, p.old);
+  };
+#pragma unroll 1
   for (std::int64_t t = first; t < args.tensor_count; t += threads) {
-    const AdamwTensor& tensor = args.tensors[t];
-    const AdamwGroupScalars& group = args.group_scalars[tensor.group];
-    skip = skip || !bounds_are_finite(bounds_of(s, group, tensor), group, tensor.formats);
+    if (t != first) load(t);
+    prepare();
+    skip = skip || !bounds_are_finite(p.bounds, p.group, p.tensor.formats);
   }
-  skip = any_of_team(skip);
+  skip = any_of_team(skip);  // from here on no block needs the old scalars
+#pragma unroll 1
   for (std::int64_t t = first; t < args.tensor_count; t += threads) {
-    const AdamwTensor& tensor = args.tensors[t];
-    const AdamwGroupScalars& group = args.group_scalars[tensor.group];
-    if (!skip) begin_tensor(s, group, tensor, bounds_of(s, group, tensor), args.steps[t]);
-    end_gradient(tensor);
+    if (args.tensor_count > threads) {
+      load(t);
+      prepare();
+    }
+    if (!skip) {
+      AdamwTensorStep step;
+      begin_tensor(s, p.group, p.tensor, p.old, p.bounds, step);
+      const bool may_be_special = args.config.stochastic_rounding;
+      step.path =
+          static_cast<std::uint32_t>(may_be_special ? path_of(p.tensor, step) : AdamwPath::general);
+      store_entry(args.steps + t, step);
+    }
+    end_gradient(p.tensor);
   }
   if (first == 0) {
     end_decision(s, skip, args.nonfinite);

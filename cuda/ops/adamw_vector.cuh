@@ -12,12 +12,6 @@
 
 namespace octet::detail::cuda {
 
-/// Formats with a path of their own.
-struct AdamwRow {
-  DType gradient;
-  StateFormats formats;
-};
-
 constexpr int kVector = 8;
 /// Threads that hold one block of 128 elements.
 constexpr int kBlockThreads = kStateBlock / kVector;
@@ -136,26 +130,27 @@ __device__ void decode(const Packed<size_of(D)>& p, float (&x)[kVector]) {
 
 /// Root and quotient without a branch: the approximations of the hardware and the corrections that
 /// make them the IEEE results, as long as no operand is so small that a correction underflows.
-/// `smallest` tells whether one was; the caller then takes IeeeMath. (Division: Markstein,
+/// is_exact() tells whether that was so; if not the caller takes IeeeMath. (Division: Markstein,
 /// "Computation of elementary functions on the IBM RISC System/6000", 1990.)
-struct FastMath {
-  static constexpr float kSmallest = 0x1p-80f;
-  std::uint32_t smallest = 0xFFFFFFFFu;
+class FastMath {
+ public:
+  static constexpr float kSmallestRadicand = 0x1p-100f, kSmallestNumerator = 0x1p-80f;
 
-  __device__ bool is_exact() const { return smallest >= float_bits(kSmallest) - 1; }
-  /// Zero is exact: one less is the largest number.
-  __device__ void watch(std::uint32_t magnitude) {
-    smallest = magnitude - 1 < smallest ? magnitude - 1 : smallest;
+  __device__ bool is_exact() const {
+    return radicand_ >= float_bits(kSmallestRadicand) - 1 &&
+           numerator_ >= float_bits(kSmallestNumerator) - 1;
   }
-  __device__ float root(float x) {  // not negative
-    watch(float_bits(x));
+  /// x must not be negative.
+  __device__ float root(float x) {
+    radicand_ = min(radicand_, less_one(float_bits(x)));
     float inverse;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaxf(x, kSmallest)));
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaxf(x, kSmallestRadicand)));
     const float root = x * inverse;
     return fma_of(fma_of(-root, root, x), 0.5f * inverse, root);
   }
+  /// b and 1 / b must be normal.
   __device__ float quotient(float a, float b) {
-    watch(magnitude_bits(a));
+    numerator_ = min(numerator_, less_one(magnitude_bits(a)));
     float inverse;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
     inverse = fma_of(fma_of(-b, inverse, 1.0f), inverse, inverse);
@@ -163,6 +158,12 @@ struct FastMath {
     q = fma_of(fma_of(-b, q, a), inverse, q);
     return fma_of(fma_of(-b, q, a), inverse, q);
   }
+
+ private:
+  /// Zero is exact: one less is the largest number.
+  __device__ static std::uint32_t less_one(std::uint32_t bits) { return bits - 1; }
+
+  std::uint32_t radicand_ = 0xFFFFFFFFu, numerator_ = 0xFFFFFFFFu;  ///< the smallest, less one
 };
 
 /// Which bits of a code stand on top of 32: all of a byte or a half, so that the sign is in place
@@ -171,28 +172,20 @@ constexpr int top_of(StateFormat format) {
   return size_of(format) == 4 ? 0 : size_of(format) == 2 || format == StateFormat::split ? 16 : 24;
 }
 
-/// Masks of the random fields below such a code. They come out of shared memory, so that the
-/// compiler keeps them in registers: an instruction that cuts out a field and sets the bit below it
-/// has room for one constant.
-struct FieldMasks {
-  std::uint32_t ten_bits_of_byte, ten_bits_of_half, twelve_bits_of_byte, twelve_bits_of_half;
-};
-constexpr FieldMasks kFieldMasks{0x3FFu << 14, 0x3FFu << 6, 0xFFFu << 12, 0xFFFu << 4};
-
 /// The random fields of a word where round_stochastic puts them, below the code on top, and the
 /// half bit.
 template <StateFormat F>
-__device__ std::uint32_t noise_m(std::uint32_t word, const FieldMasks& masks) {
-  if constexpr (top_of(F) == 24) return (word & masks.ten_bits_of_byte) | (1u << 13);
-  return ((word >> 8) & masks.ten_bits_of_half) | (1u << 5);
+__device__ std::uint32_t noise_m(std::uint32_t word) {
+  if constexpr (top_of(F) == 24) return (word & (0x3FFu << 14)) | (1u << 13);
+  return ((word >> 8) & (0x3FFu << 6)) | (1u << 5);
 }
 template <StateFormat F>
-__device__ std::uint32_t noise_v(std::uint32_t word, const FieldMasks& masks) {
-  if constexpr (top_of(F) == 24) return ((word << 10) & masks.twelve_bits_of_byte) | (1u << 11);
-  return ((word << 2) & masks.twelve_bits_of_half) | (1u << 3);
+__device__ std::uint32_t noise_v(std::uint32_t word) {
+  if constexpr (top_of(F) == 24) return ((word << 10) & (0xFFFu << 12)) | (1u << 11);
+  return ((word << 2) & (0xFFFu << 4)) | (1u << 3);
 }
-__device__ inline std::uint32_t noise_master(std::uint32_t word, const FieldMasks& masks) {
-  return (__funnelshift_l(word, word, 14) & masks.ten_bits_of_half) | (1u << 5);
+__device__ inline std::uint32_t noise_master(std::uint32_t word) {
+  return (__funnelshift_l(word, word, 14) & (0x3FFu << 6)) | (1u << 5);
 }
 
 /// Magnitude of a state's code on top, rounded stochastically. Scales are `ordinary`, so the power
@@ -292,7 +285,7 @@ struct BlockScales {
 
 /// block_scale without a branch for the usual amax.
 __device__ inline BlockScale fast_block_scale(float amax) {
-  if (!(amax >= FastMath::kSmallest && amax <= 0x1p60f)) return block_scale(amax);
+  if (!(amax >= FastMath::kSmallestNumerator && amax <= 0x1p60f)) return block_scale(amax);
   constexpr float kMax = E4M3Format::kMax, kInverse = 1.0f / E4M3Format::kMax;
   FastMath math;
   const float q = amax * kInverse;

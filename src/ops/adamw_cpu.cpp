@@ -91,13 +91,13 @@ void update_segment(const AdamwArgs& args, const Segment& segment) {
     const std::int64_t end = std::min<std::int64_t>(begin + kStateBlock, segment.count);
     update_block(args, tensor, step, segment, begin, end, largest);
   }
-  const AdamwAmaxBits amax = decoded_amax(tensor.formats, step, largest);
+  const StateFormats& f = tensor.formats;
 #pragma omp critical(octet_adamw_amax)
   {
-    raise_amax(*tensor.m_scale, amax.m);
-    raise_amax(*tensor.v_scale, amax.v);
-    raise_amax(*tensor.master_scale, amax.master);
-    raise_amax(*tensor.weight_scale, amax.weight);
+    raise_amax(*tensor.m_scale, amax_of_m(f, step, largest));
+    raise_amax(*tensor.v_scale, amax_of_v(f, step, largest));
+    raise_amax(*tensor.master_scale, amax_of_master(f, step, largest));
+    raise_amax(*tensor.weight_scale, amax_of_weight(f, step, largest));
   }
 }
 
@@ -141,16 +141,23 @@ void adamw_prepare(const Context&, const AdamwArgs& args) {
         group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
   }
   bool skip = must_skip(s, args.nonfinite);
+  const auto bounds_at = [&](std::int64_t t) {
+    const AdamwTensor& tensor = args.tensors[t];
+    return bounds_of(s, args.group_scalars[tensor.group], tensor.gradient_dtype,
+                     old_scales_of(tensor));
+  };
   for (std::int64_t t = 0; t < args.tensor_count; ++t) {
     const AdamwTensor& tensor = args.tensors[t];
     const AdamwGroupScalars& group = args.group_scalars[tensor.group];
-    skip = skip || !bounds_are_finite(bounds_of(s, group, tensor), group, tensor.formats);
+    skip = skip || !bounds_are_finite(bounds_at(t), group, tensor.formats);
   }
   end_decision(s, skip, args.nonfinite);
   for (std::int64_t t = 0; t < args.tensor_count; ++t) {
     const AdamwTensor& tensor = args.tensors[t];
-    const AdamwGroupScalars& group = args.group_scalars[tensor.group];
-    if (!skip) begin_tensor(s, group, tensor, bounds_of(s, group, tensor), args.steps[t]);
+    if (!skip) {
+      begin_tensor(s, args.group_scalars[tensor.group], tensor, old_scales_of(tensor), bounds_at(t),
+                   args.steps[t]);
+    }
     end_gradient(tensor);
   }
 }

@@ -29,9 +29,10 @@ const Row kRows[] = {
     {"blocks of v", {WeightFormat::bf16, S::f16, S::bf16, S::sqrt_e4m3_block}, DType::f32},
     {"mixed", {WeightFormat::e4m3, S::f32, S::bf16, S::f16}, DType::f32}};
 
-// Around a vector, a block of 128, a round of all threads and a segment; a prime; one element.
-const std::int64_t kSizes[] = {1,    7,    8,    9,     127,   128,   129,
-                               2047, 2048, 2049, 16383, 16384, 16385, 40009};
+// Around a vector, a block of 128, a round of all threads and a segment; a prime; one element; as a
+// matrix 296 x 384, two panels of three tiles and a short one.
+const std::int64_t kSizes[] = {1,    7,    8,     9,     127,   128,   129,   2047,
+                               2048, 2049, 16383, 16384, 16385, 40009, 113664};
 
 /// A vector, or a matrix as near to a square as the count has it.
 Shape shape_of(const StateFormats& formats, std::int64_t count) {
@@ -42,8 +43,9 @@ Shape shape_of(const StateFormats& formats, std::int64_t count) {
 }
 
 /// Everything stored after three steps over all sizes at once, every gradient and weight starting
-/// `offset` elements into its buffer.
-std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::int64_t offset) {
+/// `offset` elements into its buffer, with gradients of this size.
+std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::int64_t offset,
+                                      float size) {
   std::vector<Tensor> weights, transposed, gradients;
   const Buffer scales = upload(ctx, std::vector<TensorScale>(std::size(kSizes)));
   std::vector<AdamWParam> params;
@@ -60,7 +62,7 @@ std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::i
     gradients.emplace_back(ctx, row.gradient, Shape{count + offset});
     const Encoded g = encode_values(
         row.gradient,
-        normal_values(static_cast<std::size_t>(count), static_cast<std::uint32_t>(count), 0.1f));
+        normal_values(static_cast<std::size_t>(count), static_cast<std::uint32_t>(count), size));
     AdamWParam param;
     param.name = std::to_string(count);
     param.shape = shape;
@@ -106,11 +108,23 @@ std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::i
 
 TEST_CASE("the update's bits depend neither on alignment nor on the device") {
   for (const Row& row : kRows) {
-    const auto expected = bytes_after(Context::cpu(), row, 0);
+    const auto expected = bytes_after(Context::cpu(), row, 0, 0.1f);
     for (const Context& ctx : test_contexts()) {
       for (std::int64_t offset : {0, 1, 4, 16}) {
         INFO(row.name << " on " << to_string(ctx.device()) << ", offset " << offset);
-        CHECK(first_difference(bytes_after(ctx, row, offset), expected) == "");
+        CHECK(first_difference(bytes_after(ctx, row, offset, 0.1f), expected) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("paths for the usual give way to the general one at the ends of the range, bit for bit") {
+  for (const Row& row : kRows) {
+    for (float size : {1e-30f, 1e-18f, 1e-12f, 1e-6f, 1e4f, 1e12f}) {
+      const auto expected = bytes_after(Context::cpu(), row, 0, size);
+      for (const Context& ctx : test_contexts()) {
+        INFO(row.name << " on " << to_string(ctx.device()) << ", gradients of " << size);
+        CHECK(first_difference(bytes_after(ctx, row, 0, size), expected) == "");
       }
     }
   }

@@ -49,7 +49,7 @@ struct AdamWConfig {
 };
 
 /// One tensor of an update, as device memory sees it. Every pointer belongs to the caller.
-struct AdamwTensor {
+struct alignas(16) AdamwTensor {
   /// Reduced gradient: e4m3, bf16 or f32. Its scale holds amax too, which bounds the update.
   const void* gradient = nullptr;
   TensorScale* gradient_scale = nullptr;
@@ -123,6 +123,7 @@ struct alignas(16) AdamwTensorStep {
   /// 1: all scales and bounds are far from the ends of FP32's range, so that a product of two
   /// factors is exact where the formulas multiply by one after the other.
   std::uint32_t ordinary = 0;
+  std::uint32_t path = 0;  ///< a backend's own: which of its kernels' paths the tensor takes
 };
 
 struct AdamwArgs {

@@ -175,30 +175,34 @@ struct AdamwAmax {
   }
 };
 
-/// A of numerics section 3, as bits. Of a block format it is what the largest code would stand for
-/// with the largest scale.
-struct AdamwAmaxBits {
-  std::uint32_t m, v, master, weight;
-};
-
-OCTET_HD inline AdamwAmaxBits decoded_amax(const StateFormats& f, const AdamwTensorStep& s,
-                                           const AdamwAmax& largest) {
-  const auto decoded = [](StateFormat format, std::uint32_t code, float scale_inv) {
-    if (!is_block(format)) return decode_state(format, code) * scale_inv;
-    const float top = E4M3Format::kMax * bits_float(code);
-    return format == StateFormat::sqrt_e4m3_block ? top * top : top;
-  };
-  const float master = decoded(f.master, largest.master, s.master_scale_inv);
-  float weight = master;
-  if (is_e4m3(f.weight)) {
-    weight = decode_e4m3(static_cast<std::uint8_t>(weight_code(f, s, largest.master))) *
-             s.weight_scale_inv;
-  } else if (f.weight == WeightFormat::bf16) {
-    weight = decode_bf16(static_cast<std::uint16_t>(weight_code(f, s, largest.master)));
-  }
-  return {magnitude_bits(decoded(f.m, largest.m, s.m_scale_inv)),
-          magnitude_bits(decoded(f.v, largest.v, s.v_scale_inv)), magnitude_bits(master),
-          magnitude_bits(weight)};
+// A of numerics section 3 as bits, from the largest codes. Of a block format it is what the largest
+// code would stand for with the largest scale.
+OCTET_HD inline std::uint32_t amax_of_state(StateFormat format, std::uint32_t largest,
+                                            float scale_inv) {
+  if (!is_block(format)) return magnitude_bits(decode_state(format, largest) * scale_inv);
+  const float top = E4M3Format::kMax * bits_float(largest);
+  return magnitude_bits(format == StateFormat::sqrt_e4m3_block ? top * top : top);
+}
+OCTET_HD inline std::uint32_t amax_of_m(const StateFormats& f, const AdamwTensorStep& s,
+                                        const AdamwAmax& largest) {
+  return amax_of_state(f.m, largest.m, s.m_scale_inv);
+}
+OCTET_HD inline std::uint32_t amax_of_v(const StateFormats& f, const AdamwTensorStep& s,
+                                        const AdamwAmax& largest) {
+  return amax_of_state(f.v, largest.v, s.v_scale_inv);
+}
+OCTET_HD inline std::uint32_t amax_of_master(const StateFormats& f, const AdamwTensorStep& s,
+                                             const AdamwAmax& largest) {
+  return amax_of_state(f.master, largest.master, s.master_scale_inv);
+}
+/// The weight of the largest master is the largest weight. Without one of its own it is the master.
+OCTET_HD inline std::uint32_t amax_of_weight(const StateFormats& f, const AdamwTensorStep& s,
+                                             const AdamwAmax& largest) {
+  if (!has_weight(f)) return amax_of_master(f, s, largest);
+  const std::uint32_t code = weight_code(f, s, largest.master);
+  return magnitude_bits(is_e4m3(f.weight)
+                            ? decode_e4m3(static_cast<std::uint8_t>(code)) * s.weight_scale_inv
+                            : decode_bf16(static_cast<std::uint16_t>(code)));
 }
 
 /// One code read from or written to untyped memory.

@@ -43,7 +43,7 @@ OCTET_HD inline void initialise_scales(const AdamwTensor& tensor, float amax) {
                              : initial_scale(scaled_max(f.weight), tensor.master_scale->amax);
   if (finite) {
     const AdamwAmax amaxes{.master = largest};
-    tensor.weight_scale->amax = bits_float(decoded_amax(f, initial_step(tensor), amaxes).weight);
+    tensor.weight_scale->amax = bits_float(amax_of_weight(f, initial_step(tensor), amaxes));
   }
   *tensor.m_scale = TensorScale{};
   *tensor.v_scale = TensorScale{};

@@ -18,17 +18,6 @@ OCTET_HD inline double integer_power(double base, std::int64_t exponent) {
   return result;
 }
 
-/// Largest |m' k1 / (sqrt(v') k2)| that exact Adam reaches at step t, by Cauchy-Schwarz over the
-/// gradients' history; infinite when beta1^2 >= beta2.
-OCTET_HD inline float adam_ratio_bound(double beta1, double beta2, std::int64_t t) {
-  const double x = beta1 * beta1 / beta2;
-  if (!(x < 1.0)) return bits_float(0x7F800000u);
-  const double first = (1.0 - beta1) / (1.0 - integer_power(beta1, t));
-  const double second = ::sqrt((1.0 - integer_power(beta2, t)) / (1.0 - beta2));
-  const double third = ::sqrt((1.0 - integer_power(x, t)) / (1.0 - x));
-  return static_cast<float>(first * second * third);
-}
-
 /// Norm and clip factor from the sum of squares; max_norm 0 asks for neither.
 OCTET_HD inline void measure_clip(AdamwScalars& s, float max_norm, bool maximize,
                                   double sum_squares) {
@@ -52,19 +41,26 @@ OCTET_HD inline AdamwGroupScalars group_scalars(const AdamWGroup& group, bool de
   const std::int64_t t = applied + 1;
   const double beta1 = group.beta1;
   const double beta2 = group.beta2;
+  const double first = 1.0 - integer_power(beta1, t);
+  const double second = ::sqrt(1.0 - integer_power(beta2, t));
   AdamwGroupScalars s;
   s.lr = lr * group.lr_factor;
   s.beta1 = group.beta1;
   s.one_minus_beta1 = 1.0f - group.beta1;
   s.beta2 = group.beta2;
   s.one_minus_beta2 = 1.0f - group.beta2;
-  const double first = 1.0 - integer_power(beta1, t);
-  const double second = 1.0 / ::sqrt(1.0 - integer_power(beta2, t));
   s.k1 = static_cast<float>(1.0 / first);
-  s.k2 = static_cast<float>(second);
-  s.root_factor = static_cast<float>(second * first);
+  s.k2 = static_cast<float>(1.0 / second);
+  s.root_factor = static_cast<float>(first / second);
   s.root_eps = static_cast<float>(group.eps * first);
-  s.bound = adam_ratio_bound(beta1, beta2, t);
+  // Largest |m' k1 / (sqrt(v') k2)| that exact Adam reaches, by Cauchy-Schwarz over the gradients'
+  // history; there is none when beta1^2 >= beta2.
+  const double x = beta1 * beta1 / beta2;
+  s.bound = bits_float(0x7F800000u);
+  if (x < 1.0) {
+    const double history = ::sqrt((1.0 - integer_power(x, t)) / ((1.0 - x) * (1.0 - beta2)));
+    s.bound = static_cast<float>((1.0 - beta1) / first * second * history);
+  }
   s.l2 = decoupled ? 0.0f : group.weight_decay;
   s.weight_factor = decoupled ? fma_of(-s.lr, group.weight_decay, 1.0f) : 1.0f;
   return s;
@@ -108,17 +104,25 @@ struct AdamwBounds {
   float m, v, w;
 };
 
+/// The scales that a tensor has before the step.
+struct AdamwOldScales {
+  TensorScale gradient, master, m, v;
+};
+
+OCTET_HD inline AdamwOldScales old_scales_of(const AdamwTensor& tensor) {
+  return {*tensor.gradient_scale, *tensor.master_scale, *tensor.m_scale, *tensor.v_scale};
+}
+
 OCTET_HD inline AdamwBounds bounds_of(const AdamwScalars& step, const AdamwGroupScalars& s,
-                                      const AdamwTensor& tensor) {
-  const float w = tensor.master_scale->amax;
+                                      DType gradient_dtype, const AdamwOldScales& old) {
   // Both terms of the gradient at their largest and of one sign.
-  const float g = effective_gradient(
-      s, step.clip * stored_amax(*tensor.gradient_scale, tensor.gradient_dtype), w);
+  const float g =
+      effective_gradient(s, step.clip * stored_amax(old.gradient, gradient_dtype), old.master.amax);
   AdamwGroupScalars upward = s;
   upward.lr = -abs_of(s.lr);
   upward.weight_factor = abs_of(s.weight_factor);
-  return {next_m(s, tensor.m_scale->amax, 1.0f, g), next_v(s, tensor.v_scale->amax, 1.0f, g),
-          next_weight(upward, w, 1.0f, s.bound)};
+  return {next_m(s, old.m.amax, 1.0f, g), next_v(s, old.v.amax, 1.0f, g),
+          next_weight(upward, old.master.amax, 1.0f, s.bound)};
 }
 
 /// Largest value of a format that has one scale for the tensor; 0 for the others.
@@ -144,43 +148,54 @@ OCTET_HD inline bool bounds_are_finite(const AdamwBounds& b, const AdamwGroupSca
          is_finite_bits(magnitude_bits(s.lr)) && (scaled ? is_finite_bits(w) : w <= 0x7F800000u);
 }
 
-/// Takes over the old scale for decoding, sets the new one from the bound (formats without a scale
-/// for the tensor keep 1) and clears amax, which the update will measure.
-OCTET_HD inline void renew_scale(TensorScale& scale, float maximum, float bound, float& old_inv,
-                                 float& next, float& next_inv) {
-  old_inv = scale.scale_inv;
+/// The scale that follows from a bound; its amax is 0 until the update has measured it. Formats
+/// without a scale for the tensor (maximum 0) keep 1.
+OCTET_HD inline TensorScale next_scale(float maximum, float bound) {
+  TensorScale scale;
   if (maximum != 0.0f) {
     scale.scale = power_of_two_scale(bound, maximum);
     scale.scale_inv = inverse_of_power_of_two(scale.scale);
   }
-  next = scale.scale;
-  next_inv = scale.scale_inv;
-  scale.amax = 0.0f;
+  return scale;
 }
 
 /// See AdamwTensorStep::ordinary.
 OCTET_HD inline bool is_ordinary(const AdamwTensorStep& s, const AdamwBounds& bounds) {
-  const auto is_within = [](float scale) { return scale >= 0x1p-28f && scale <= 0x1p100f; };
-  return is_within(s.m_scale) && is_within(s.m_inv) && is_within(s.v_scale) && is_within(s.v_inv) &&
-         is_within(s.master_scale) && is_within(s.master_inv) && is_within(s.weight_scale) &&
+  // Of a new scale and of the inverse of an old one.
+  const auto encodes = [](float scale) { return scale >= 0x1p-28f && scale <= 0x1p100f; };
+  const auto decodes = [](float inv) { return inv >= 0x1p-100f && inv <= 0x1p28f; };
+  return encodes(s.m_scale) && decodes(s.m_inv) && encodes(s.v_scale) && decodes(s.v_inv) &&
+         encodes(s.master_scale) && decodes(s.master_inv) && encodes(s.weight_scale) &&
          bounds.m <= 0x1p40f && bounds.v <= 0x1p40f && s.group.root_eps >= 0x1p-44f;
 }
 
+/// Sets the new scales and what the update needs of a tensor.
 OCTET_HD inline void begin_tensor(const AdamwScalars& step, const AdamwGroupScalars& group,
-                                  const AdamwTensor& tensor, const AdamwBounds& bounds,
-                                  AdamwTensorStep& out) {
+                                  const AdamwTensor& tensor, const AdamwOldScales& old,
+                                  const AdamwBounds& bounds, AdamwTensorStep& out) {
+  const StateFormats& f = tensor.formats;
+  const TensorScale m = next_scale(scaled_max(f.m), bounds.m);
+  const TensorScale v = next_scale(scaled_max(f.v), bounds.v);
+  const TensorScale master = next_scale(scaled_max(f.master), bounds.w);
+  const TensorScale weight = next_scale(scaled_max(f.weight), bounds.w);
   out.group = group;
-  out.gradient_inv = step.gradient_factor * tensor.gradient_scale->scale_inv;
-  renew_scale(*tensor.m_scale, scaled_max(tensor.formats.m), bounds.m, out.m_inv, out.m_scale,
-              out.m_scale_inv);
-  renew_scale(*tensor.v_scale, scaled_max(tensor.formats.v), bounds.v, out.v_inv, out.v_scale,
-              out.v_scale_inv);
-  renew_scale(*tensor.master_scale, scaled_max(tensor.formats.master), bounds.w, out.master_inv,
-              out.master_scale, out.master_scale_inv);
-  float unused;
-  renew_scale(*tensor.weight_scale, scaled_max(tensor.formats.weight), bounds.w, unused,
-              out.weight_scale, out.weight_scale_inv);
+  out.gradient_inv = step.gradient_factor * old.gradient.scale_inv;
+  out.m_inv = old.m.scale_inv;
+  out.m_scale = m.scale;
+  out.m_scale_inv = m.scale_inv;
+  out.v_inv = old.v.scale_inv;
+  out.v_scale = v.scale;
+  out.v_scale_inv = v.scale_inv;
+  out.master_inv = old.master.scale_inv;
+  out.master_scale = master.scale;
+  out.master_scale_inv = master.scale_inv;
+  out.weight_scale = weight.scale;
+  out.weight_scale_inv = weight.scale_inv;
   out.ordinary = is_ordinary(out, bounds) ? 1 : 0;
+  *tensor.m_scale = m;
+  *tensor.v_scale = v;
+  *tensor.master_scale = master;
+  *tensor.weight_scale = weight;
 }
 
 /// Gets a measured amax ready for the next gradient.
