@@ -383,7 +383,8 @@ __device__ void publish(const Work& work, const AdamwAmax& mine, AdamwAmax& of_b
   if (threadIdx.x % 32 != 0) return;
   const AdamwTensor& t = work.tensor;
   const auto to_scale = [](std::uint32_t bits, TensorScale* scale) {
-    if (bits != 0) atomicMax(reinterpret_cast<std::uint32_t*>(&scale->amax), bits);
+    // A reduction, which does not wait for the old value as atomicMax on a generic pointer does.
+    if (bits != 0) asm volatile("red.global.max.u32 [%0], %1;" ::"l"(&scale->amax), "r"(bits));
   };
   static_assert(kThreads == 128);  // a warp for every scale
   switch (threadIdx.x / 32) {

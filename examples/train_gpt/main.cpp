@@ -23,8 +23,8 @@ int run(int argc, char** argv) {
   Progress progress(stderr, options->steps, options->log_every, options->tokens_per_step());
 
   std::vector<RunResult> runs;
-  for (const octet::Level level : options->levels) {
-    runs.push_back(train(*options, level, data, progress));
+  for (const Setup& setup : options->setups) {
+    runs.push_back(train(*options, setup, data, progress));
   }
   std::fputs(to_markdown(runs).c_str(), stdout);
   if (!options->json.empty()) write_json(options->json, runs);
@@ -33,7 +33,7 @@ int run(int argc, char** argv) {
   for (const RunResult& result : runs) {
     for (const std::string& text : result.disagreements) {
       std::fprintf(stderr, "train_gpt: plan and measurement disagree at %s: %s\n",
-                   std::string(octet::name_of(result.level)).c_str(), text.c_str());
+                   result.name.c_str(), text.c_str());
       exit_code = 1;
     }
   }

@@ -46,7 +46,10 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
       "Trains one byte-level GPT per level from the same weights on the same batches and "
       "compares loss, memory, traffic and time.");
   app.add_option("--data", a.data, "Text to train on (default: this repository's own text)");
-  app.add_option("--levels", a.levels, "Levels, separated by commas (default: O0,O1,O2,O3)")
+  app.add_option(
+         "--levels", a.levels,
+         "Levels, separated by commas (default: O0,O1,O2,O3); \"small\" is O2 with 5 bytes of "
+         "state per parameter")
       ->delimiter(',');
   app.add_option("--ranks", a.ranks, "Data-parallel ranks (default: 2; on CUDA at most the GPUs)");
   app.add_option("--steps", a.steps, "Training steps (default: 300)");
@@ -70,6 +73,15 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
     octet::fail(error.what());
   }
   return true;
+}
+
+Setup setup_of(const std::string& name) {
+  if (name == "small") return {name, octet::Level::O2, octet::small_formats()};
+  for (octet::Level level :
+       {octet::Level::O0, octet::Level::O1, octet::Level::O2, octet::Level::O3}) {
+    if (name == octet::name_of(level)) return {name, level};
+  }
+  octet::fail("--levels ", name, ": must be O0, O1, O2, O3 or small");
 }
 
 DeviceType choose_device(const std::string& text) {
@@ -137,10 +149,8 @@ std::optional<Options> parse_options(int argc, char** argv) {
   const Defaults& defaults = options.device == DeviceType::cpu ? kCpuDefaults : kCudaDefaults;
   options.ranks = choose_ranks(arguments.ranks, options.device);
   options.data = arguments.data;
-  for (const std::string& level : arguments.levels) {
-    options.levels.push_back(octet::parse_level(level));
-  }
-  require(!options.levels.empty(), "--levels: at least one level is needed");
+  for (const std::string& name : arguments.levels) options.setups.push_back(setup_of(name));
+  require(!options.setups.empty(), "--levels: at least one level is needed");
   options.model = {.layers = arguments.layers.value_or(defaults.model.layers),
                    .width = arguments.width.value_or(defaults.model.width),
                    .heads = arguments.heads.value_or(defaults.model.heads),

@@ -12,9 +12,16 @@
 
 namespace train_gpt {
 
+/// What is trained and compared: a level, or "small", which is O2 with octet::small_formats().
+struct Setup {
+  std::string name;
+  octet::Level level = octet::Level::O0;
+  std::optional<octet::Formats> formats = {};
+};
+
 struct Options {
   std::string data;  ///< empty: the repository's own text
-  std::vector<octet::Level> levels;
+  std::vector<Setup> setups;
   octet::DeviceType device = octet::DeviceType::cpu;
   int ranks = 1;
   int steps = 300;

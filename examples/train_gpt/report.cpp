@@ -27,7 +27,7 @@ const char* name_of(octet::DeviceType device) {
 }
 
 nlohmann::ordered_json to_json(const RunResult& run) {
-  return {{"level", octet::name_of(run.level)},
+  return {{"level", run.name},
           {"sharding", octet::name_of(run.sharding)},
           {"ranks", run.ranks},
           {"device", name_of(run.device)},
@@ -59,7 +59,7 @@ std::string to_markdown(const std::vector<RunResult>& runs) {
          "| step time | skipped steps | FP8 GEMMs per step |\n"
          "|---|---|---|---|---|---|---|---|---|---|\n";
   for (const RunResult& run : runs) {
-    out << "| " << octet::name_of(run.level) << " | " << octet::name_of(run.sharding) << " | "
+    out << "| " << run.name << " | " << octet::name_of(run.sharding) << " | "
         << number(run.validation_loss, 4) << " | " << figure(run.state_bytes_managed) << " | "
         << figure(run.state_bytes_all) << " | "
         << number(static_cast<double>(run.peak_bytes) / 1e6, 2) << " | " << figure(run.wire_bytes)

@@ -61,7 +61,7 @@ class LossBoard {
 /// Everything one rank does for one level.
 class RankTrainer {
  public:
-  RankTrainer(const Options& options, octet::Level level, const TextData& data, const Rank& rank)
+  RankTrainer(const Options& options, const Setup& setup, const TextData& data, const Rank& rank)
       : options_(options),
         data_(data),
         rank_(rank.index),
@@ -69,7 +69,9 @@ class RankTrainer {
         comm_(rank.comm),
         gemms_(ctx_),
         engine_(ctx_, comm_,
-                {.level = level, .adamw = {.weight_decay = kWeightDecay, .seed = options.seed}}),
+                {.level = setup.level,
+                 .formats = setup.formats,
+                 .adamw = {.weight_decay = kWeightDecay, .seed = options.seed}}),
         model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_rank(),
                options.seed),
         windows_(ctx_, static_cast<std::size_t>(options.rows_per_rank()) *
@@ -178,14 +180,14 @@ void compare(const RankReport& report, int rank, int steps, std::vector<std::str
           report.wire_bytes);
 }
 
-RunResult summarise(const Options& options, octet::Level level,
+RunResult summarise(const Options& options, const Setup& setup,
                     const std::vector<RankReport>& reports) {
   const RankReport& first = reports.front();
   const auto ranks = static_cast<double>(reports.size());
   const double managed = static_cast<double>(first.plan.fp8_parameters) * ranks;
   const double all = static_cast<double>(first.plan.parameters) * ranks;
   RunResult result;
-  result.level = level;
+  result.name = setup.name;
   result.sharding = first.plan.sharding;
   result.ranks = options.ranks;
   result.device = options.device;
@@ -227,16 +229,16 @@ float learning_rate(float peak, int step, int steps) {
   return peak * static_cast<float>(0.1 + 0.9 * cosine);
 }
 
-RunResult train(const Options& options, octet::Level level, const TextData& data,
+RunResult train(const Options& options, const Setup& setup, const TextData& data,
                 Progress& progress) {
   LossBoard board(progress, options.ranks);
   std::vector<RankReport> reports(static_cast<std::size_t>(options.ranks));
-  progress.begin(octet::name_of(level));
+  progress.begin(setup.name);
   run_ranks(options.device, options.ranks, [&](const Rank& rank) {
-    RankTrainer trainer(options, level, data, rank);
+    RankTrainer trainer(options, setup, data, rank);
     reports[static_cast<std::size_t>(rank.index)] = trainer.run(board);
   });
-  return summarise(options, level, reports);
+  return summarise(options, setup, reports);
 }
 
 }  // namespace train_gpt

@@ -19,7 +19,7 @@ struct Figure {
 
 /// What one level came to.
 struct RunResult {
-  octet::Level level = octet::Level::O0;
+  std::string name;  ///< of the setup
   octet::Sharding sharding = octet::Sharding::none;
   int ranks = 1;
   octet::DeviceType device = octet::DeviceType::cpu;
@@ -39,7 +39,7 @@ struct RunResult {
 
 /// Trains one level from scratch and validates it. Throws octet::Error naming the rank when one
 /// fails.
-RunResult train(const Options& options, octet::Level level, const TextData& data,
+RunResult train(const Options& options, const Setup& setup, const TextData& data,
                 Progress& progress);
 
 /// Learning rate of a step: linear warm-up over the first tenth (at most 100 steps), then half a

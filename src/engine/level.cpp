@@ -21,6 +21,14 @@ Formats formats_of(Level level) {
           .weight = WeightFormat::e4m3, .master = State::f16, .m = State::e4m3, .v = State::f16}};
 }
 
+Formats small_formats() {
+  return {.gradient = DType::e4m3,
+          .state = {.weight = WeightFormat::e4m3,
+                    .master = StateFormat::split,
+                    .m = StateFormat::e4m3_block,
+                    .v = StateFormat::sqrt_e4m3_block}};
+}
+
 Sharding sharding_of(Level level) {
   return level == Level::O3 ? Sharding::optimizer : Sharding::none;
 }

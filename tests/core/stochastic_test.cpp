@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "octet/core/detail/random.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/reference.hpp"
@@ -70,32 +69,6 @@ std::vector<Range> ranges_of(const FormatTable& table) {
 }
 
 }  // namespace
-
-TEST_CASE("stochastic rounding is unbiased") {
-  constexpr int kDraws = 1000000;
-  for (const Kind& kind : kinds()) {
-    const FormatTable& table = table_of(kind.dtype);
-    std::uint64_t index = 0;
-    for (const Range& range : ranges_of(table)) {
-      Draws engine(17);
-      std::uniform_real_distribution<double> uniform(range.low, range.high);
-      double error = 0;
-      double variance = 0;
-      for (int i = 0; i < kDraws; ++i) {
-        const float y = static_cast<float>(uniform(engine));
-        const std::uint32_t word = detail::random_word(1, 1, index++);
-        const std::uint32_t field = word >> (32 - kind.bits);
-        const double exact = static_cast<double>(y);
-        error += table.decode(kind.encode(y, field)) - exact;
-        const double low = table.values()[table.floor_code(exact)];
-        const double up = low + table.gap_at(exact) - exact;
-        variance += (exact - low) * up;
-      }
-      INFO(kind.name << ", " << range.name << ": " << error / std::sqrt(variance) << " sigma");
-      CHECK(std::abs(error) < 4 * std::sqrt(variance));
-    }
-  }
-}
 
 TEST_CASE("the mean over all values of the random field is the value") {
   // Cutting the field leaves at most half of a field's unit, either way. FP32 itself adds half of

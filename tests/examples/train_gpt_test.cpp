@@ -72,10 +72,11 @@ void check_run(const json& run, int ranks, const std::string& device) {
   CHECK(run.at("peak_bytes_per_rank") > run.at("parameters"));
 
   const double state = run.at("state_bytes_per_parameter");
-  const double expected = level == "O0"   ? 16.0
-                          : level == "O1" ? 12.0
-                          : level == "O2" ? 7.0
-                                          : 2.0 + 5.0 / ranks;
+  const double expected = level == "O0"      ? 16.0
+                          : level == "O1"    ? 12.0
+                          : level == "O2"    ? 7.0
+                          : level == "small" ? 5.0625
+                                             : 2.0 + 5.0 / ranks;
   CHECK(state >= expected);
   CHECK(state <= expected + 0.1);
   CHECK(run.at("state_bytes_per_parameter_all") > state);
@@ -90,16 +91,18 @@ void check_run(const json& run, int ranks, const std::string& device) {
 
 }  // namespace
 
-TEST_CASE("four levels on the repository's own text", "[train_gpt]") {
+TEST_CASE("four levels and the smallest states on the repository's own text", "[train_gpt]") {
   Outcome outcome;
-  const json document =
-      train(kSmall + "--device cpu --ranks 2 --steps 20 --log-every 10 --lr 1e-2", &outcome);
+  const json document = train(kSmall +
+                                  "--levels O0,O1,O2,O3,small --device cpu --ranks 2 "
+                                  "--steps 20 --log-every 10 --lr 1e-2",
+                              &outcome);
   for (const char* key : {"commit", "compiler", "cuda"}) CHECK(document.at(key).is_string());
   CHECK(document.size() == 4);
   const json& runs = document.at("runs");
-  REQUIRE(runs.size() == 4);
-  const std::string levels[] = {"O0", "O1", "O2", "O3"};
-  for (std::size_t i = 0; i < 4; ++i) {
+  REQUIRE(runs.size() == 5);
+  const std::string levels[] = {"O0", "O1", "O2", "O3", "small"};
+  for (std::size_t i = 0; i < 5; ++i) {
     CHECK(runs[i].at("level") == levels[i]);
     check_run(runs[i], 2, "cpu");
     CHECK(count_of(outcome.out, "\n| " + levels[i] + " |") == 1);
@@ -107,13 +110,14 @@ TEST_CASE("four levels on the repository's own text", "[train_gpt]") {
       CHECK(count_of(outcome.err, levels[i] + line) == 1);
     }
   }
-  CHECK(count_of(outcome.err, "step ") == 8);
+  CHECK(count_of(outcome.err, "step ") == 10);
   CHECK(outcome.err.find('\r') == std::string::npos);
   // FP8 is really computed, and formats really differ.
   CHECK(runs[0].at("losses") != runs[1].at("losses"));
   CHECK(runs[1].at("losses") != runs[2].at("losses"));
   CHECK(runs[1].at("losses")[0] == runs[2].at("losses")[0]);
   CHECK(runs[2].at("losses")[0] == runs[3].at("losses")[0]);
+  CHECK(runs[2].at("losses") != runs[4].at("losses"));
 }
 
 TEST_CASE("the same seed gives the same run, at any number of ranks the same batches",

@@ -111,27 +111,6 @@ TEST_CASE("L2 regularisation and maximize take the steps of double-precision Ada
   }
 }
 
-TEST_CASE("the L2 term is in both moments, with either sign of the gradient and every format") {
-  for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& formats : {kPlain, kO1, kO2, kBf16O2, kSmall, kBlocksAlone}) {
-      for (bool maximize : {false, true}) {
-        INFO(describe(ctx, formats) << ", maximize " << maximize);
-        const AdamWConfig config{.decoupled_weight_decay = false, .maximize = maximize};
-        AdamwModel model(ctx, config, {{{64}, formats, DType::f32, 0.5f}});
-        model.initialise(0, std::vector<float>(64, 2.0f));  // 0.5 * 2 = 1 joins a zero gradient
-        model.set_gradient(0, std::vector<float>(64, 0.0f));
-        model.step(1e-2f);
-        const Stored w = model.master(0), m = model.m(0), v = model.v(0);
-        for (std::size_t i = 0; i < 64; ++i) {
-          REQUIRE(std::abs(m.values[i] - 0.1) < 0.0125);
-          REQUIRE(std::abs(v.values[i] - 0.05) < 0.0005);
-          REQUIRE(std::abs(w.values[i] - 1.99) < 0.0021);
-        }
-      }
-    }
-  }
-}
-
 TEST_CASE("strong L2 with tiny gradients stays within the bounds of its scales") {
   for (const Context& ctx : test_contexts()) {
     for (const StateFormats& formats : {kO1, kO2, kBf16O2, kSmall}) {
@@ -183,25 +162,9 @@ TEST_CASE("every combination of formats takes clipped steps in the modes apart f
   }
 }
 
-TEST_CASE("a bf16 second moment follows a drop of the gradient and is never 0 by rounding") {
-  const AdamWConfig config{.beta2 = 0.999f, .seed = 13};
+TEST_CASE("a bf16 second moment is never 0 by rounding") {
   for (const Context& ctx : test_contexts()) {
     INFO(to_string(ctx.device()));
-    AdamwModel model(ctx, config, {{{4096}, kBf16Moments}});
-    model.initialise(0, std::vector<float>(4096, 1.0f));
-    const AdamwReference reference(config, 0.0f, 0.0f);
-    double exact = 0;
-    for (int t = 0; t < 3000; ++t) {
-      const float g = t < 1000 ? 1.0f : 0.1f;
-      if (t % 1000 == 0) model.set_gradient(0, std::vector<float>(4096, g));
-      model.step(0.0f);
-      exact = reference.next_v(exact, static_cast<double>(g));
-      if (t % 250 != 249) continue;
-      double sum = 0;
-      for (double value : model.v(0).values) sum += value;
-      INFO("step " << t + 1 << ", mean " << sum / 4096 << ", exact " << exact);
-      CHECK(std::abs(sum / 4096 / exact - 1) < 0.01);
-    }
     for (bool stochastic : {true, false}) {
       AdamwModel tiny(ctx, {.stochastic_rounding = stochastic}, {{{4096}, kBf16Moments}});
       tiny.initialise(0, normal_values(4096, 15));

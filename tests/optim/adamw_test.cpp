@@ -111,23 +111,6 @@ TEST_CASE("every combination of formats takes the steps of double-precision Adam
   }
 }
 
-TEST_CASE("the first step moves every weight by the learning rate against its gradient") {
-  for (const Context& ctx : test_contexts()) {
-    AdamwModel model(ctx, {}, {{{1001}, kPlain}});
-    const std::vector<float> start = normal_values(1001, 5);
-    model.initialise(0, start);
-    const std::vector<float> g = wide_values(1001, 6, -12, 12);
-    model.set_gradient(0, g);
-    model.step(0.125f);
-    const Stored w = model.master(0);
-    for (std::size_t i = 0; i < g.size(); ++i) {
-      const double sign = g[i] > 0 ? 1.0 : g[i] < 0 ? -1.0 : 0.0;
-      const double expected = static_cast<double>(start[i]) - 0.125 * sign;
-      REQUIRE(std::abs(w.values[i] - expected) < 1e-5);
-    }
-  }
-}
-
 TEST_CASE("many steps stay near the double-precision run") {
   struct Row {
     StateFormats formats;
@@ -178,34 +161,6 @@ TEST_CASE("many steps stay near the double-precision run") {
   }
 }
 
-TEST_CASE("clipping scales the gradients down to the norm, on the device") {
-  for (const Context& ctx : test_contexts()) {
-    for (DType gradient : {DType::f32, DType::bf16, DType::e4m3}) {
-      const AdamWConfig config{};
-      AdamwModel model(ctx, config, {{{129, 131}, kPlain, gradient}, {{40000}, kPlain, gradient}});
-      model.initialise(0, normal_values(16899, 9));
-      model.initialise(1, normal_values(40000, 10));
-      Doubles all = model.set_gradient(0, normal_values(16899, 11, 0.5f));
-      const Doubles first = all;
-      const Doubles second = model.set_gradient(1, normal_values(40000, 12, 2.0f));
-      all.insert(all.end(), second.begin(), second.end());
-      const double norm = norm_of(all);
-      model.step(1e-3f, 1.0f);
-      const AdamwScalars s = model.scalars();
-      INFO(to_string(ctx.device()) << ", gradient " << name_of(gradient));
-      CHECK(std::abs(static_cast<double>(s.norm) / norm - 1) < 1e-5);
-      CHECK(std::abs(s.sum_squares / (norm * norm) - 1) < 2e-5);
-      CHECK(std::abs(static_cast<double>(s.clip) * norm - 1) < 1e-5);
-      const Stored m = model.m(0), v = model.v(0);
-      for (std::size_t i = 0; i < first.size(); i += 97) {
-        const double g = first[i] / norm;
-        REQUIRE(std::abs(m.values[i] - 0.1 * g) < 1e-5 * std::abs(g));
-        REQUIRE(std::abs(v.values[i] - 0.05 * g * g) < 3e-5 * g * g);
-      }
-    }
-  }
-}
-
 TEST_CASE("a norm below the limit, and no limit, leave the gradients alone") {
   for (const Context& ctx : test_contexts()) {
     AdamwModel model(ctx, {}, {{{1000}, kPlain}});
@@ -221,64 +176,17 @@ TEST_CASE("a norm below the limit, and no limit, leave the gradients alone") {
   }
 }
 
-TEST_CASE("a skipped step changes no byte of the state and is counted") {
-  for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& formats : {kPlain, kO0, kO1, kO2, kSmallTransposed, kBlocksAlone}) {
-      const DType gradient = formats == kPlain ? DType::f32 : DType::e4m3;
-      const AdamWConfig config{.seed = 1};
-      AdamwModel model(ctx, config, {{{17, 61}, formats, gradient}, {{9}, kPlain, DType::f32}});
-      model.initialise(0, normal_values(1037, 15, 0.02f));
-      model.initialise(1, normal_values(9, 16));
-      model.set_gradient(0, normal_values(1037, 17));
-      model.set_gradient(1, normal_values(9, 18));
-      for (int i = 0; i < 3; ++i) model.step(1e-3f);
-      const auto before = model.all_bytes();
-      INFO(to_string(ctx.device()) << ", " << describe(formats, gradient));
-
-      write_one(ctx, model.flag(), std::uint32_t{1});
-      model.step(1e-3f);
-      CHECK(first_difference(model.all_bytes(), before) == "");
-      CHECK(download_one<std::uint32_t>(ctx, model.flag()) == 0);
-      CHECK(model.scalars().skip == 1);
-
-      // Without the flag a gradient that is not finite shows in its amax.
-      TensorScale scale = download_one<TensorScale>(ctx, model.gradient_view(1).scale);
-      const TensorScale good = scale;
-      for (float bad : {NAN, INFINITY}) {
-        scale.amax = bad;
-        write_one(ctx, model.gradient_view(1).scale, scale);
-        model.step(1e-3f);
-        CHECK(first_difference(model.all_bytes(), before) == "");
-      }
-      write_one(ctx, model.gradient_view(1).scale, good);
-      CHECK(model.scalars().step == 3);
-      CHECK(model.scalars().skipped == 3);
-
-      model.step(1e-3f);
-      CHECK(first_difference(model.all_bytes(), before) != "");
-      CHECK(model.scalars().step == 4);
-      CHECK(model.scalars().skipped == 3);
-      CHECK(model.scalars().skip == 0);
-    }
-  }
-}
-
-TEST_CASE("a step that would overflow, and a learning rate that is no number, are skipped") {
+TEST_CASE("a step whose learning rate is no number is skipped") {
   for (const Context& ctx : test_contexts()) {
     AdamwModel model(ctx, {}, {{{100}, kO2, DType::f32}});
     model.initialise(0, normal_values(100, 19));
-    std::vector<float> g(100, 1.0f);
-    g[50] = 1e30f;  // its square is not finite
-    model.set_gradient(0, g);
-    const auto before = model.all_bytes();
-    model.step(1e-3f);
-    model.step(1e-3f, 1.0f);
-    const Buffer lr = upload<float>(ctx, {NAN});
     model.set_gradient(0, std::vector<float>(100, 1.0f));
+    const auto before = model.all_bytes();
+    const Buffer lr = upload<float>(ctx, {NAN});
     model.optimizer().step({.lr = 1e-3f, .lr_device = lr.as<float>()});
     CHECK(first_difference(model.all_bytes(), before) == "");
     CHECK(model.scalars().step == 0);
-    CHECK(model.scalars().skipped == 3);
+    CHECK(model.scalars().skipped == 1);
   }
 }
 

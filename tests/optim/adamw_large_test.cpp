@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tensor of more than 2^31 elements: every index must have 64 bits. Some panels of it, updated
+// on the CPU as a shard, must have the bits of the whole on the GPU.
+#include <cuda_runtime_api.h>
+
+#include <array>
+
+#include "octet/optim/adamw.hpp"
+#include "support/adamw_formats.hpp"
+#include "support/adamw_stored.hpp"
+#include "support/catch.hpp"
+#include "support/compare.hpp"
+#include "support/devices.hpp"
+#include "support/random.hpp"
+
+namespace octet::test {
+namespace {
+
+constexpr int kSteps = 2;
+constexpr float kRate = 1e-3f;
+/// Primes: a step of 2^k elements, as a lost bit of an index makes it, shows other values.
+constexpr std::size_t kGradientPeriod = 16777213, kValuePeriod = 8388593;
+
+/// Random E4M3 codes, all of them finite.
+std::vector<std::uint8_t> gradient_block(std::size_t count) {
+  Draws draws(5);
+  std::vector<std::uint8_t> codes(count);
+  for (std::uint8_t& code : codes) {
+    code = static_cast<std::uint8_t>(draws());
+    if ((code & 0x7F) == 0x7F) code ^= 1;
+  }
+  codes.front() = 0x7E;  // what the scale's amax says
+  return codes;
+}
+
+std::vector<std::uint16_t> value_block(std::size_t count) {
+  const std::vector<float> values = normal_values(count, 6, 0.02f);
+  std::vector<std::uint16_t> codes(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    codes[i] = static_cast<std::uint16_t>(bits_of(values[i]) >> 16);
+  }
+  return codes;
+}
+
+/// Fills device memory of `count` elements with copies of a block, one after the other.
+template <class T>
+void repeat(const Context& ctx, void* to, std::int64_t count, const std::vector<T>& block) {
+  const Buffer source = upload(ctx, block);
+  const auto period = static_cast<std::int64_t>(block.size());
+  for (std::int64_t begin = 0; begin < count; begin += period) {
+    copy_bytes(ctx, static_cast<T*>(to) + begin, source.data(),
+               static_cast<std::size_t>(std::min(period, count - begin)) * sizeof(T));
+  }
+  ctx.synchronize();  // before the source goes
+}
+
+/// The first panel, those around the middle and the last three.
+std::vector<Piece> watched_pieces(std::int64_t count) {
+  const std::int64_t panels = (count + kPanelVectorElements - 1) / kPanelVectorElements;
+  const auto piece = [count](std::int64_t first, std::int64_t last) {
+    const std::int64_t begin = first * kPanelVectorElements;
+    return Piece{0, begin, std::min(last * kPanelVectorElements, count) - begin};
+  };
+  return {piece(0, 1), piece(panels / 2 - 1, panels / 2 + 1), piece(panels - 3, panels)};
+}
+
+/// One vector with its gradient and optimizer: the whole of it, or some pieces without a compute
+/// weight.
+class Vector {
+ public:
+  Vector(const Context& ctx, std::int64_t count, const std::vector<std::uint8_t>& gradient,
+         std::vector<Piece> pieces)
+      : ctx_(ctx), pieces_(std::move(pieces)), shape_({count}) {
+    const bool whole = pieces_.empty();
+    AdamWParam param;
+    param.name = "vector";
+    param.shape = shape_;
+    param.formats = kO2;
+    param.whole = whole;
+    param.pieces = pieces_;
+    param.gradient_is_shard = !whole;
+    std::int64_t owned = whole ? count : 0;
+    for (const Piece& piece : pieces_) owned += piece.count;
+    gradient_ = Tensor(ctx, DType::e4m3, {owned});
+    if (whole) {
+      weight_ = Tensor(ctx, DType::e4m3, shape_);
+      repeat(ctx, gradient_.view().data, count, gradient);
+    } else {
+      param.formats.weight = WeightFormat::none;
+      fill_shard(gradient);
+    }
+    scale_ = upload<TensorScale>(ctx, {{0x1p-12f, 0x1p12f, 448 * 0x1p-12f}});
+    param.gradient = gradient_.view();
+    param.gradient_scale = scale_.as<TensorScale>();
+    param.weight = weight_.view();
+    optimizer_ = std::make_unique<AdamW>(ctx, AdamWConfig{.weight_decay = 0.1f, .seed = 77},
+                                         std::vector<AdamWParam>{param});
+  }
+
+  void initialise(const std::vector<std::uint16_t>& block) {
+    const Tensor values(ctx_, DType::bf16, shape_);
+    repeat(ctx_, values.view().data, shape_.numel(), block);
+    optimizer_->initialise(0, values);
+    ctx_.synchronize();
+  }
+
+  AdamW& optimizer() { return *optimizer_; }
+  const TensorView& weight() const { return weight_.view(); }
+  std::vector<float> sums() const {
+    return download<float>(ctx_, optimizer_->segment_sums(),
+                           static_cast<std::size_t>(optimizer_->total_segments()));
+  }
+  void set_sums(const std::vector<float>& sums) { write(ctx_, optimizer_->segment_sums(), sums); }
+  std::vector<TensorScale> scales() const {
+    return download<TensorScale>(ctx_, optimizer_->scales(),
+                                 static_cast<std::size_t>(optimizer_->scale_count()));
+  }
+  void set_scales(const std::vector<TensorScale>& scales) {
+    write(ctx_, optimizer_->scales(), scales);
+  }
+
+ private:
+  void fill_shard(const std::vector<std::uint8_t>& block) {
+    std::vector<std::uint8_t> codes;
+    for (const Piece& piece : pieces_) {
+      for (std::int64_t i = piece.begin; i < piece.begin + piece.count; ++i) {
+        codes.push_back(block[static_cast<std::size_t>(i) % block.size()]);
+      }
+    }
+    write(ctx_, gradient_.view().data, codes);
+  }
+
+  Context ctx_;
+  std::vector<Piece> pieces_;
+  Shape shape_;
+  Tensor gradient_, weight_;
+  Buffer scale_;
+  std::unique_ptr<AdamW> optimizer_;
+};
+
+/// Bytes of the watched pieces of device memory that holds the whole vector.
+std::vector<std::uint8_t> gathered(const Context& ctx, const void* data, std::size_t width,
+                                   const std::vector<Piece>& pieces) {
+  std::vector<std::uint8_t> all;
+  for (const Piece& piece : pieces) {
+    const auto* from = static_cast<const std::uint8_t*>(data);
+    from += static_cast<std::size_t>(piece.begin) * width;
+    const auto part =
+        download<std::uint8_t>(ctx, from, static_cast<std::size_t>(piece.count) * width);
+    all.insert(all.end(), part.begin(), part.end());
+  }
+  return all;
+}
+
+/// The largest code without its sign of a whole state, read in parts.
+template <class T>
+std::uint32_t largest_code(const Context& ctx, const StateView& view) {
+  constexpr std::int64_t kPart = std::int64_t{1} << 27;
+  constexpr T kMask = static_cast<T>(static_cast<T>(~T{0}) >> 1);
+  T largest = 0;
+  for (std::int64_t begin = 0; begin < view.count; begin += kPart) {
+    const std::int64_t count = std::min(kPart, view.count - begin);
+    const std::vector<T> codes =
+        download<T>(ctx, static_cast<const T*>(view.data) + begin, static_cast<std::size_t>(count));
+    for (T code : codes) largest = std::max(largest, static_cast<T>(code & kMask));
+  }
+  return largest;
+}
+
+/// How many weights are not the nearest code to the stored master.
+int wrong_weights(const std::vector<std::uint8_t>& weight, const std::vector<std::uint8_t>& master,
+                  const TensorScale& weight_scale, const TensorScale& master_scale) {
+  int wrong = 0;
+  for (std::size_t i = 0; i < weight.size(); ++i) {
+    const std::uint32_t code = master[2 * i] | static_cast<std::uint32_t>(master[2 * i + 1]) << 8;
+    const double value =
+        table_of(DType::f16).decode(code) * static_cast<double>(master_scale.scale_inv);
+    wrong +=
+        weight[i] != table_of(DType::e4m3).encode(value * static_cast<double>(weight_scale.scale));
+  }
+  return wrong;
+}
+
+/// The whole vector on `ctx` against its watched pieces on the CPU.
+void compare(const Context& ctx, std::int64_t count, std::size_t gradient_period,
+             std::size_t value_period) {
+  const std::vector<Piece> pieces = watched_pieces(count);
+  const std::vector<std::uint8_t> gradient = gradient_block(gradient_period);
+  const Context host = Context::cpu();
+  Vector whole(ctx, count, gradient, {}), part(host, count, gradient, pieces);
+  const std::vector<std::uint16_t> values = value_block(value_period);
+  whole.initialise(values);
+  part.initialise(values);
+  for (int t = 1; t <= kSteps; ++t) {
+    INFO(to_string(ctx.device()) << ", " << count << " elements, step " << t);
+    for (Vector* each : {&whole, &part}) each->optimizer().measure();
+    const std::vector<float> sums = whole.sums(), own = part.sums();
+    REQUIRE(sums.size() == own.size());
+    int wrong = 0;
+    for (const Segment& segment : part.optimizer().segments()) {
+      const auto at = static_cast<std::size_t>(segment.index);
+      wrong += bits_of(sums[at]) != bits_of(own[at]);
+    }
+    CHECK(wrong == 0);
+    part.set_sums(sums);
+    const AdamWStep step{.lr = kRate, .max_norm = 0.5f};
+    for (Vector* each : {&whole, &part}) each->optimizer().step(step);
+
+    const auto scalars = download_one<AdamwScalars>(ctx, whole.optimizer().scalars());
+    const auto same = download_one<AdamwScalars>(host, part.optimizer().scalars());
+    CHECK(scalars.step == t);
+    CHECK(scalars.clip < 1.0f);
+    CHECK(bits_of(scalars.clip) == bits_of(same.clip));
+
+    const std::vector<TensorScale> scales = whole.scales();
+    std::vector<TensorScale> shared = part.scales();
+    for (std::size_t slot = 1; slot < 4; ++slot) {  // master, m, v; the pieces have no weight
+      CHECK(shared[slot].scale == scales[slot].scale);
+      CHECK(shared[slot].amax <= scales[slot].amax);
+      shared[slot].amax = scales[slot].amax;
+    }
+    part.set_scales(shared);  // as ranks do
+
+    const StateView states[] = {whole.optimizer().master(0), whole.optimizer().m(0),
+                                whole.optimizer().v(0)};
+    const StateView parts[] = {part.optimizer().master(0), part.optimizer().m(0),
+                               part.optimizer().v(0)};
+    std::vector<std::uint8_t> master;
+    for (std::size_t s = 0; s < 3; ++s) {
+      REQUIRE(states[s].count == count);
+      INFO(name_of(states[s].format) << " state " << s);
+      const auto codes = gathered(ctx, states[s].data, size_of(states[s].format), pieces);
+      CHECK(first_difference(codes, download_state(host, parts[s])) == "");
+      if (s == 0) master = codes;
+      // The amax is that of all elements.
+      const std::uint32_t top = size_of(states[s].format) == 1
+                                    ? largest_code<std::uint8_t>(ctx, states[s])
+                                    : largest_code<std::uint16_t>(ctx, states[s]);
+      const double amax = table_of(table_dtype(states[s].format)).decode(top) *
+                          static_cast<double>(scales[s + 1].scale_inv);
+      CHECK(static_cast<double>(scales[s + 1].amax) == amax);
+    }
+    const auto weight = gathered(ctx, whole.weight().data, 1, pieces);
+    CHECK(wrong_weights(weight, master, scales[0], scales[1]) == 0);
+  }
+}
+
+/// Free memory of device 0 in bytes; 0 without one.
+std::size_t free_device_memory() {
+  std::size_t free = 0, total = 0;
+  if (cuda_device_count() == 0 || cudaSetDevice(0) != cudaSuccess) return 0;
+  return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
+}
+
+}  // namespace
+
+TEST_CASE("some panels of a vector have the bits of the whole") {
+  for (const Context& ctx : test_contexts()) {
+    compare(ctx, 7 * kPanelVectorElements + 3, 9973, 5003);
+    compare(ctx, 6 * kPanelVectorElements, 9973, 5003);
+  }
+}
+
+TEST_CASE("a vector of 2^31 + 3 elements has the bits of its panels") {
+  constexpr std::size_t kNeeded = std::size_t{40} << 30;
+  if (free_device_memory() < kNeeded) {
+    WARN("skipped: no CUDA device with 40 GiB of free memory");
+    return;
+  }
+  compare(Context::cuda(0, nullptr), (std::int64_t{1} << 31) + 3, kGradientPeriod, kValuePeriod);
+}
+
+}  // namespace octet::test
