@@ -38,17 +38,15 @@ std::vector<Case> all_cases() {
   octet::Formats transpose = o2, shard = o2;
   transpose.state.weight = octet::WeightFormat::e4m3_and_transpose;
   shard.gradient = DType::f32;
-  const octet::Formats blocks{DType::e4m3,
-                              {.weight = octet::WeightFormat::e4m3,
-                               .master = octet::StateFormat::split,
-                               .m = octet::StateFormat::e4m3_block,
-                               .v = octet::StateFormat::sqrt_e4m3_block}};
   return {{.name = kReference, .formats = o2, .target = 0.90},
           {.name = "O2 with transpose", .formats = transpose, .target = 0.85},
-          {.name = kFasterThanReference, .formats = blocks, .target = 0.75},
+          {.name = kFasterThanReference, .formats = octet::small_formats(), .target = 0.75},
           {.name = "O1", .formats = octet::formats_of(octet::Level::O1), .target = 0.90},
           {.name = "O0", .formats = octet::formats_of(octet::Level::O0), .target = 0.92},
           {.name = "O3 shard", .formats = shard, .gradient_is_shard = true},
+          // Without a path of their own.
+          {.name = "O2 to nearest", .formats = o2, .config = {.stochastic_rounding = false}},
+          {.name = "all FP32", .formats = {}},
           {.name = "norm", .formats = o2, .work = Work::norm},
           {.name = "small", .formats = o2, .work = Work::replay, .target = 25.0},
           {.name = "small with clipping", .formats = o2, .work = Work::clipped_replay}};

@@ -131,7 +131,7 @@ Model::Model(const octet::Context& ctx, const Case& c, const std::vector<Shape>&
     }
     params.push_back(std::move(param));
   }
-  optimizer_ = std::make_unique<octet::AdamW>(ctx, octet::AdamWConfig{}, std::move(params));
+  optimizer_ = std::make_unique<octet::AdamW>(ctx, c.config, std::move(params));
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     optimizer_->initialise(static_cast<int>(i), random.next(shapes[i]));
   }

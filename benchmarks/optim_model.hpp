@@ -33,6 +33,7 @@ struct Case {
   /// Fraction of the copy's rate; of replays microseconds.
   std::optional<double> target = {};
   bool gradient_is_shard = false;
+  octet::AdamWConfig config = {};
 };
 
 /// Bytes that the work on tensors of these shapes moves, each once: gradient read (once more for

@@ -21,4 +21,13 @@ inline void check_cuda(cudaError_t status, const char* statement, const char* fi
 /// Makes the context's device the calling thread's current one.
 inline void set_device(const Context& ctx) { OCTET_CUDA_CHECK(cudaSetDevice(ctx.device().index)); }
 
+/// Whether a kernel was compiled for this architecture (90 for sm_90) or a newer one, whatever the
+/// device is: what it may use of the hardware was decided then.
+template <class Kernel>
+bool is_built_for(Kernel* kernel, int architecture) {
+  cudaFuncAttributes attributes{};
+  OCTET_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes.ptxVersion >= architecture;
+}
+
 }  // namespace octet::detail::cuda

@@ -246,8 +246,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
     end_gradient(p.tensor);
   }
   if (first == 0) {
-    end_decision(s, skip, args.nonfinite);
-    *args.scalars = s;
+    AdamwScalars decided = s;  // others may still compute with the step's number
+    end_decision(decided, skip, args.nonfinite);
+    *args.scalars = decided;
   }
   Team::sync();  // no block leaves while another reads its shared memory
 }
@@ -306,18 +307,16 @@ void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums) {
 
 void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
   set_device(ctx);
-  int major = 0;
-  OCTET_CUDA_CHECK(
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ctx.device().index));
+  const bool has_clusters = is_built_for(prepare_kernel, 90);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kPrepareBlocks, 1, 1};
   cudaLaunchConfig_t launch{};
-  launch.gridDim = major >= 9 ? kPrepareBlocks : 1;
+  launch.gridDim = has_clusters ? kPrepareBlocks : 1;
   launch.blockDim = kPrepareThreads;
   launch.stream = ctx.stream();
   launch.attrs = &cluster;
-  launch.numAttrs = major >= 9 ? 1 : 0;
+  launch.numAttrs = has_clusters ? 1 : 0;
   OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, prepare_kernel, args));
 }
 

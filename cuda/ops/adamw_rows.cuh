@@ -62,8 +62,9 @@ __device__ inline AdamwPath path_of(const AdamwTensor& t, const AdamwTensorStep&
                  ? AdamwPath::o2_transposed
                  : AdamwPath::general;
     case kKeyOf<kRowBlocks>:
-      // The path multiplies master_inv by 2^120.
-      return s.master_inv <= 0x1p6f ? AdamwPath::blocks : AdamwPath::general;
+      // The path multiplies master_inv by 2^120, and that by weight_factor.
+      return s.master_inv <= 0x1p6f && fabsf(s.group.weight_factor) <= 2.0f ? AdamwPath::blocks
+                                                                            : AdamwPath::general;
     default: return AdamwPath::general;
   }
 }

@@ -188,9 +188,15 @@ __device__ inline std::uint32_t noise_master(std::uint32_t word) {
   return (__funnelshift_l(word, word, 14) & (0x3FFu << 6)) | (1u << 5);
 }
 
+/// A scaled magnitude at most at the largest code, so that no bit leaves the top. With a gradient
+/// within its amax nothing is ever cut off.
+__device__ inline std::uint32_t saturated(float magnitude, std::uint32_t largest) {
+  return min(float_bits(magnitude), largest);
+}
+
 /// Magnitude of a state's code on top, rounded stochastically. Scales are `ordinary`, so the power
-/// of two that lines up the subnormals joins the scale; and no code can pass the largest, because
-/// the scales come from bounds or, of a block, from its amax.
+/// of two that lines up the subnormals joins the scale. Of a block no code can pass the largest,
+/// because its scale comes from its own amax.
 template <StateFormat F>
 __device__ std::uint32_t rounded(float magnitude, float scale, std::uint32_t noise) {
   if constexpr (F == StateFormat::f32) {
@@ -199,9 +205,9 @@ __device__ std::uint32_t rounded(float magnitude, float scale, std::uint32_t noi
     const std::uint32_t sum = float_bits(magnitude) + noise;
     return sum < 0x7F800000u ? sum : 0x7F7F0000u;
   } else if constexpr (F == StateFormat::f16) {
-    return (float_bits(magnitude * (scale * 0x1p-112f)) << 3) + noise;
+    return (saturated(magnitude * (scale * 0x1p-112f), 0x7BFFu << 13) << 3) + noise;
   } else if constexpr (F == StateFormat::split || F == StateFormat::e4m3) {
-    return (float_bits(magnitude * (scale * 0x1p-120f)) << 4) + noise;
+    return (saturated(magnitude * (scale * 0x1p-120f), E4M3Format::kMaxCode << 20) << 4) + noise;
   } else {  // a quotient scale does not commute with rounding
     return (float_bits((magnitude * scale) * 0x1p-120f) << 4) + noise;
   }
@@ -293,7 +299,13 @@ __device__ inline BlockScale fast_block_scale(float amax) {
           fma_of(fma_of(-kMax, q, amax), kInverse, q)};
 }
 
-__device__ inline BlockScales renew_blocks(float m_amax, float v_amax) {
+__device__ inline BlockScales renew_blocks(const AdamwValues (&values)[kVector]) {
+  float m_amax = 0.0f, v_amax = 0.0f;
+#pragma unroll
+  for (const AdamwValues& x : values) {
+    m_amax = fmaxf(m_amax, fabsf(x.m));
+    v_amax = fmaxf(v_amax, x.second);
+  }
   constexpr unsigned kAll = 0xFFFFFFFFu;
   constexpr int kHalf = kBlockThreads / 2;
   const bool is_m = threadIdx.x % kBlockThreads < kHalf;

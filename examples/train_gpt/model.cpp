@@ -37,8 +37,7 @@ class Gpt::Registration {
   Weight matrix(const std::string& name, std::int64_t rows, std::int64_t columns,
                 double deviation) {
     return add(name, {rows, columns},
-               normal_values(seed_, static_cast<int>(initial_.size()), rows * columns, deviation),
-               std::nullopt);
+               normal_values(seed_, static_cast<int>(initial_.size()), rows * columns, deviation));
   }
 
   /// Weight decay is for matrices only.
@@ -56,7 +55,7 @@ class Gpt::Registration {
 
  private:
   Weight add(const std::string& name, octet::Shape shape, const std::vector<float>& values,
-             std::optional<octet::AdamWGroup> group) {
+             const octet::AdamWGroup& group = {}) {
     initial_.push_back(octet::upload_sync<float>(ctx_, values));
     const octet::TensorView init{initial_.back().data(), octet::DType::f32, shape, ctx_.device()};
     return {engine_.add({.name = name, .shape = shape, .init = init, .group = group}), shape};

@@ -24,7 +24,7 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   impl_->plan.formats = config.formats.value_or(formats_of(config.level));
   check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
   const StateFormats& formats = impl_->plan.formats.state;
-  check_formats("Engine: formats", formats, config.adamw.group());
+  check_formats("Engine: formats", formats, config.adamw.of());
   require(
       formats.weight != WeightFormat::none && formats.weight != WeightFormat::e4m3_and_transpose,
       "Engine: formats: weight is ", name_of(formats.weight),
@@ -50,14 +50,14 @@ ParamId Engine::add(const ParamSpec& spec) {
           name_of(spec.init.dtype), "; allowed are f32, bf16, f16");
   require(spec.init.device == e.ctx.device(), "parameter \"", spec.name,
           "\" has initial values on ", spec.init.device, "; the engine is on ", e.ctx.device());
-  const AdamWGroup group = spec.group.value_or(e.config.adamw.group());
-  check_group("parameter \"" + spec.name + "\"", group);
+  const AdamwHyper hyper = e.config.adamw.of(spec.group);
+  check_hyper("parameter \"" + spec.name + "\"", hyper);
   Impl::Param param;
   param.spec = spec;
   param.managed =
       spec.fp8 && spec.shape.rank() >= 2 && spec.shape.numel() >= e.config.fp8_min_elements;
   if (param.managed) param.formats = e.plan.formats;
-  check_formats("parameter \"" + spec.name + "\"", param.formats.state, group);
+  check_formats("parameter \"" + spec.name + "\"", param.formats.state, hyper);
   e.params.push_back(std::move(param));
   return {static_cast<int>(e.params.size()) - 1};
 }

@@ -25,7 +25,7 @@ std::string describe_formats(const Formats& f) {
   return out.str();
 }
 
-std::string describe_group(const AdamWGroup& g) {
+std::string describe_hyper(const AdamwHyper& g) {
   std::ostringstream out;
   out.precision(9);  // every float apart from every other
   out << "lr_factor " << g.lr_factor << ", beta1 " << g.beta1 << ", beta2 " << g.beta2 << ", eps "
@@ -79,8 +79,8 @@ void Engine::Impl::check_lists_agree() {
     const ParamSpec& spec = params[i].spec;
     list << "parameter " << i << ": \"" << spec.name << "\" " << to_string(spec.shape) << ", "
          << (params[i].managed ? "FP8-managed" : "f32") << ", "
-         << describe_group(spec.group.value_or(config.adamw.group())) << ", largest initial value "
-         << amax[i] << "\n";
+         << describe_hyper(config.adamw.of(spec.group)) << ", largest initial value " << amax[i]
+         << "\n";
   }
   const std::vector<std::string> texts = all_gather_text_sync(comm, list.str());
   const std::vector<std::string> first = lines_of(texts[0]);

@@ -30,26 +30,29 @@ Owners ShardPlan::cut(const std::vector<Shape>& shapes, const std::vector<int>& 
     }
   }
   const std::int64_t ranks = static_cast<std::int64_t>(held_.size());
-  Owners owners(held_.size());
-  std::vector<Piece> split;
+  constexpr std::size_t kNobody = static_cast<std::size_t>(-1);
+  std::vector<std::size_t> owner;
+  const auto give = [&](const Piece& panel, std::size_t rank) {
+    held_[rank] += panel.count;
+    return rank;
+  };
   std::int64_t begin = 0;
   for (const Piece& panel : panels) {
     const std::int64_t end = begin + panel.count;
     // Rank r's run is [r, r + 1) * total / ranks; a panel inside one run belongs to it.
     const std::int64_t rank = std::min(begin * ranks / total, ranks - 1);
-    if (end * ranks <= (rank + 1) * total) {
-      append(owners[static_cast<std::size_t>(rank)], panel);
-      held_[static_cast<std::size_t>(rank)] += panel.count;
-    } else {
-      split.push_back(panel);
-    }
+    const bool is_inside = end * ranks <= (rank + 1) * total;
+    owner.push_back(is_inside ? give(panel, static_cast<std::size_t>(rank)) : kNobody);
     begin = end;
   }
-  for (const Piece& panel : split) {
+  for (std::size_t i = 0; i < panels.size(); ++i) {
+    if (owner[i] != kNobody) continue;
     const auto least = std::min_element(held_.begin(), held_.end()) - held_.begin();
-    append(owners[static_cast<std::size_t>(least)], panel);
-    held_[static_cast<std::size_t>(least)] += panel.count;
+    owner[i] = give(panels[i], static_cast<std::size_t>(least));
   }
+  // In order, so that a short panel is the last of its tensor in every shard.
+  Owners owners(held_.size());
+  for (std::size_t i = 0; i < panels.size(); ++i) append(owners[owner[i]], panels[i]);
   return owners;
 }
 

@@ -41,7 +41,7 @@ std::vector<Segment> segments_of(const std::vector<Shape>& shapes,
   std::vector<std::int64_t> first(shapes.size() + 1, 0);
   for (std::size_t i = 0; i < shapes.size(); ++i)
     first[i + 1] = first[i] + segment_count(shapes[i]);
-  std::vector<std::int64_t> local(shapes.size(), 0);
+  std::vector<std::int64_t> local(shapes.size(), 0), ends(shapes.size(), 0);
   std::vector<Segment> segments;
   for (const Piece& piece : pieces) {
     require(piece.tensor >= 0 && piece.tensor < static_cast<std::int32_t>(shapes.size()),
@@ -53,6 +53,9 @@ std::vector<Segment> segments_of(const std::vector<Shape>& shapes,
     require(piece.begin >= 0 && piece.count >= 0 && end <= numel, "a piece covers elements ",
             piece.begin, " to ", end, " of tensor ", t, ", which has ", numel);
     if (piece.count == 0) continue;
+    require(piece.begin >= ends[t], "a piece of tensor ", t, " begins at element ", piece.begin,
+            ", but the one before ends at ", ends[t], "; pieces must ascend and not overlap");
+    ends[t] = end;
     require(piece.begin % panel == 0 && (end % panel == 0 || end == numel),
             "a piece covers elements ", piece.begin, " to ", end, " of tensor ", t,
             ", which is not a union of panels of ", panel);

@@ -28,6 +28,12 @@ void check_field(const std::string& what, const char* field, Format format,
   fail(what, ": ", field, " is ", name_of(format), "; allowed are ", names);
 }
 
+void check_device(const std::string& what, const char* name, const TensorView& view,
+                  Device device) {
+  require(view.empty() || view.device == device, what, ": the ", name, " is on ", view.device,
+          ", the optimizer on ", device);
+}
+
 void check_weight(const std::string& what, const AdamWParam& param) {
   if (param.formats.weight == WeightFormat::none) {
     require(param.weight.empty(), what, ": a weight is given, but formats.weight is none");
@@ -60,6 +66,8 @@ void check_gradient(const std::string& what, const AdamWParam& param, std::int64
   const std::int64_t expected = param.gradient_is_shard ? owned : param.shape.numel();
   require(param.gradient.numel() == expected, what, ": the gradient has ", param.gradient.numel(),
           " elements; it must have ", expected);
+  require(param.gradient_is_shard || param.gradient.shape == param.shape, what,
+          ": the gradient is ", param.gradient.shape, "; it must be ", param.shape);
   require(!param.gradient.empty() || expected == 0, what, ": the gradient has a null pointer");
   require(param.gradient_scale != nullptr || !is_fp8(param.gradient.dtype), what,
           ": the gradient is ", name_of(param.gradient.dtype), " and has no scale");
@@ -70,7 +78,7 @@ void check_gradient(const std::string& what, const AdamWParam& param, std::int64
 
 }  // namespace
 
-void check_group(const std::string& what, const AdamWGroup& group) {
+void check_hyper(const std::string& what, const AdamwHyper& group) {
   require(group.beta1 >= 0.0f && group.beta1 < 1.0f, what, ": beta1 is ", group.beta1,
           "; it must be in [0, 1)");
   require(group.beta2 >= 0.0f && group.beta2 < 1.0f, what, ": beta2 is ", group.beta2,
@@ -84,7 +92,7 @@ void check_group(const std::string& what, const AdamWGroup& group) {
 }
 
 void check_adamw(const AdamWConfig& config) {
-  check_group("AdamW", config.group());
+  check_hyper("AdamW", config.of());
   require(!config.amsgrad,
           "AdamW: amsgrad is true; it must be false, because its running maximum would be a fourth "
           "state and the bound that the scales rest on does not cover it");
@@ -94,7 +102,7 @@ void check_gradient_format(const std::string& what, DType dtype) {
   check_field<DType>(what, "gradient", dtype, kGradientFormats);
 }
 
-void check_formats(const std::string& what, const StateFormats& f, const AdamWGroup& group) {
+void check_formats(const std::string& what, const StateFormats& f, const AdamwHyper& group) {
   check_field<WeightFormat>(what, "weight", f.weight, kWeightFormats);
   check_field<StateFormat>(what, "master", f.master, kMasterFormats);
   check_field<StateFormat>(what, "m", f.m, kMFormats);
@@ -118,14 +126,16 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
   for (std::size_t i = 0; i < params_.size(); ++i) {
     AdamWParam& param = params_[i];
     const std::string what = "parameter \"" + param.name + "\"";
-    const AdamWGroup group = param.group.value_or(config_.group());
-    check_group(what, group);
-    check_formats(what, param.formats, group);
+    const AdamwHyper hyper = config_.of(param.group);
+    check_hyper(what, hyper);
+    check_formats(what, param.formats, hyper);
     if (param.whole) param.pieces = {{0, 0, param.shape.numel()}};
     for (Piece& piece : param.pieces) piece.tensor = static_cast<std::int32_t>(i);
     check_gradient(what, param, numel_of(param.pieces));
     check_weight(what, param);
-    param.group = group;
+    check_device(what, "gradient", param.gradient, ctx_.device());
+    check_device(what, "weight", param.weight, ctx_.device());
+    check_device(what, "transposed weight", param.weight_transposed, ctx_.device());
     param.measure_amax = param.measure_amax || param.gradient_scale == nullptr;
     must_measure_ = must_measure_ || param.measure_amax;
     shapes.push_back(param.shape);
@@ -154,7 +164,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
   }
   tensors_ = upload_sync<AdamwTensor>(ctx_, tensors_host_);
   segment_table_ = upload_sync<Segment>(ctx_, segments_);
-  groups_ = upload_sync<AdamWGroup>(ctx_, groups_host_);
+  groups_ = upload_sync<AdamwHyper>(ctx_, groups_host_);
   group_scalars_ =
       upload_sync<AdamwGroupScalars>(ctx_, std::vector<AdamwGroupScalars>(groups_host_.size()));
 }
@@ -167,10 +177,10 @@ std::size_t AdamW::grow(std::vector<State>& states, StateFormat format, std::int
   return ctx_.memory_use().current - before;
 }
 
-std::int32_t AdamW::group_index(const AdamWGroup& group) {
-  const auto found = std::find(groups_host_.begin(), groups_host_.end(), group);
+std::int32_t AdamW::group_index(const AdamwHyper& hyper) {
+  const auto found = std::find(groups_host_.begin(), groups_host_.end(), hyper);
   const auto index = found - groups_host_.begin();
-  if (found == groups_host_.end()) groups_host_.push_back(group);
+  if (found == groups_host_.end()) groups_host_.push_back(hyper);
   return static_cast<std::int32_t>(index);
 }
 
@@ -203,7 +213,7 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.weight_transposed = param.weight_transposed.data;
   tensor.rows = param.shape.rank() > 0 ? param.shape[0] : 1;
   tensor.columns = param.shape.row_numel();
-  tensor.group = group_index(*param.group);
+  tensor.group = group_index(config_.of(param.group));
   tensor.random_base = random_base;
   return tensor;
 }
@@ -226,7 +236,7 @@ AdamwArgs AdamW::args(const AdamWStep& step) const {
   args.segments = segment_table_.as<const Segment>();
   args.segment_count = static_cast<std::int64_t>(segments_.size());
   args.scalars = scalars_.as<AdamwScalars>();
-  args.groups = groups_.as<const AdamWGroup>();
+  args.groups = groups_.as<const AdamwHyper>();
   args.group_scalars = group_scalars_.as<AdamwGroupScalars>();
   args.group_count = static_cast<std::int64_t>(groups_host_.size());
   args.steps = steps_.as<AdamwTensorStep>();
@@ -248,6 +258,8 @@ void AdamW::measure(std::uint32_t* nonfinite) {
 void AdamW::step(const AdamWStep& step) {
   require(!must_measure_ || measured_,
           "AdamW::step: the amax of a gradient is not known; call measure() before every step");
+  require(!(step.max_norm > 0.0f) || measured_, "AdamW::step: max_norm is ", step.max_norm,
+          ", but the norm is not known; call measure() before every step that clips");
   measured_ = false;
   const AdamwArgs prepared = args(step);
   adamw_prepare(ctx_, prepared);

@@ -31,7 +31,7 @@ class Tables {
         scales_(upload(ctx, std::vector<TensorScale>(5))),
         scalars_(ctx, sizeof(AdamwScalars)),
         steps_(ctx, sizeof(AdamwTensorStep)),
-        groups_(upload<AdamWGroup>(ctx, {config.group()})),
+        groups_(upload<AdamwHyper>(ctx, {config.of()})),
         group_scalars_(ctx, sizeof(AdamwGroupScalars)),
         flag_(upload<std::uint32_t>(ctx, {0})) {
     for (const Guarded* g : {&master_, &m_, &v_}) write(ctx, g->data(), std::vector<float>(count_));
@@ -55,7 +55,7 @@ class Tables {
     args.segments = segments_.as<Segment>();
     args.segment_count = static_cast<std::int64_t>(segments_host_.size());
     args.scalars = static_cast<AdamwScalars*>(scalars_.data());
-    args.groups = groups_.as<AdamWGroup>();
+    args.groups = groups_.as<AdamwHyper>();
     args.group_scalars = static_cast<AdamwGroupScalars*>(group_scalars_.data());
     args.group_count = 1;
     args.steps = static_cast<AdamwTensorStep*>(steps_.data());

@@ -140,6 +140,18 @@ TEST_CASE("a piece of several panels gives the same segments as its panels") {
   }
 }
 
+TEST_CASE("pieces of a tensor that overlap or go back are refused by name") {
+  const std::vector<Shape> shapes = {{16385}, {40000}};
+  const auto error_with = [&](const std::vector<Piece>& pieces) {
+    return error_of([&] { segments_of(shapes, pieces); });
+  };
+  CHECK(missing(error_with({{0, 16384, 1}, {0, 0, 16384}}), {"tensor 0", "16385", "overlap"}) ==
+        "");
+  CHECK(missing(error_with({{1, 0, 16384}, {1, 0, 16384}}), {"tensor 1", "16384", "overlap"}) ==
+        "");
+  CHECK(error_with({{1, 0, 16384}, {0, 0, 16384}, {1, 16384, 23616}, {0, 16384, 1}}) == "no error");
+}
+
 TEST_CASE("nothing owned is nothing to do") {
   CHECK(segments_of(kShapes, {}).empty());
   CHECK(segments_of({}, {}).empty());

@@ -149,6 +149,7 @@ TEST_CASE("weights that do not fit their format are refused by name") {
                 {"layer", "transposed", "null"}) == "");
   CHECK(missing(error_with([&](AdamWParam& p) {
                   p.shape = {24};
+                  p.gradient.shape = {24};
                   p.weight = line;
                   p.weight_transposed = line;
                 }),

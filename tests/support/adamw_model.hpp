@@ -58,11 +58,7 @@ class AdamwModel {
       measures_ = measures_ || what.amax != GradientAmax::given;
       param.weight = weights_.back().view();
       param.weight_transposed = transposed_.back().view();
-      param.group = what.group;
-      if (!what.group && what.weight_decay != config.weight_decay) {
-        param.group = config.group();
-        param.group->weight_decay = what.weight_decay;
-      }
+      param.group = what.group.value_or(AdamWGroup{.weight_decay = what.weight_decay});
       param.whole = !what.pieces.has_value();
       if (what.pieces) param.pieces = *what.pieces;
       params.push_back(param);

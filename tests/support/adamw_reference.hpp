@@ -42,11 +42,11 @@ struct AdamwReference {
 
   /// The modes of a configuration with the hyper-parameters of a group.
   AdamwReference(const AdamWConfig& config, const AdamWGroup& group, float rate)
-      : beta1(static_cast<double>(group.beta1)),
-        beta2(static_cast<double>(group.beta2)),
-        eps(static_cast<double>(group.eps)),
+      : beta1(static_cast<double>(config.of(group).beta1)),
+        beta2(static_cast<double>(config.of(group).beta2)),
+        eps(static_cast<double>(config.of(group).eps)),
         lr(static_cast<double>(rate) * static_cast<double>(group.lr_factor)),
-        weight_decay(static_cast<double>(group.weight_decay)),
+        weight_decay(static_cast<double>(config.of(group).weight_decay)),
         maximize(config.maximize),
         decoupled(config.decoupled_weight_decay) {}
 

@@ -36,8 +36,8 @@ struct ParamSpec {
   TensorView init = {};
   /// False keeps the parameter out of FP8 whatever its size.
   bool fp8 = true;
-  /// Hyper-parameters of this parameter's group instead of the configuration's.
-  std::optional<AdamWGroup> group = {};
+  /// Hyper-parameters that differ from the configuration's.
+  AdamWGroup group = {};
 };
 
 struct ParamId {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "octet/ops/segment.hpp"
 #include "octet/ops/state_format.hpp"
@@ -9,16 +10,18 @@
 
 namespace octet {
 
-/// Hyper-parameters that may differ between groups of parameters.
+/// Hyper-parameters of a group of parameters, as the kernels read them.
+struct AdamwHyper {
+  float lr_factor = 1.0f;
+  float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.0f;
+  bool operator==(const AdamwHyper&) const = default;
+};
+
+/// What a group of parameters has of its own; the rest is the configuration's.
 struct AdamWGroup {
   /// The learning rate of a step times this is the group's.
   float lr_factor = 1.0f;
-  float beta1 = 0.9f;
-  float beta2 = 0.95f;
-  /// Outside the root, after bias correction; 2^-100 to 2^60.
-  float eps = 1e-8f;
-  float weight_decay = 0.0f;
-  bool operator==(const AdamWGroup&) const = default;
+  std::optional<float> beta1 = {}, beta2 = {}, eps = {}, weight_decay = {};
 };
 
 /// Hyper-parameters of AdamW ("Decoupled Weight Decay Regularization", Loshchilov and Hutter,
@@ -26,6 +29,7 @@ struct AdamWGroup {
 struct AdamWConfig {
   float beta1 = 0.9f;
   float beta2 = 0.95f;
+  /// Outside the root, after bias correction; 2^-100 to 2^60.
   float eps = 1e-8f;
   float weight_decay = 0.0f;
   /// Seed of the stochastic rounding of stored states.
@@ -42,15 +46,20 @@ struct AdamWConfig {
   /// the scales rest on does not cover it.
   bool amsgrad = false;
 
-  /// The group of parameters that name none of their own.
-  AdamWGroup group() const {
-    return {.beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = weight_decay};
+  /// The hyper-parameters of a group.
+  AdamwHyper of(const AdamWGroup& group = {}) const {
+    return {.lr_factor = group.lr_factor,
+            .beta1 = group.beta1.value_or(beta1),
+            .beta2 = group.beta2.value_or(beta2),
+            .eps = group.eps.value_or(eps),
+            .weight_decay = group.weight_decay.value_or(weight_decay)};
   }
 };
 
 /// One tensor of an update, as device memory sees it. Every pointer belongs to the caller.
 struct alignas(16) AdamwTensor {
-  /// Reduced gradient: e4m3, bf16 or f32. Its scale holds amax too, which bounds the update.
+  /// Reduced gradient: e4m3, bf16 or f32. Its scale holds amax too, which bounds the update: no
+  /// element may be larger, or its new states saturate.
   const void* gradient = nullptr;
   TensorScale* gradient_scale = nullptr;
   /// Master weight; of a split one the remainder, an int8 per element.
@@ -129,9 +138,10 @@ struct alignas(16) AdamwTensorStep {
 struct AdamwArgs {
   const AdamwTensor* tensors = nullptr;  ///< [tensor_count], device memory
   std::int64_t tensor_count = 0;
-  const Segment* segments = nullptr;  ///< [segment_count], device memory: what this rank updates
+  /// [segment_count], device memory: what this rank updates, as segments_of lists it.
+  const Segment* segments = nullptr;
   std::int64_t segment_count = 0;
-  const AdamWGroup* groups = nullptr;          ///< [group_count], device memory
+  const AdamwHyper* groups = nullptr;          ///< [group_count], device memory
   AdamwGroupScalars* group_scalars = nullptr;  ///< [group_count], device memory, written per step
   std::int64_t group_count = 0;
   AdamwScalars* scalars = nullptr;   ///< device memory
@@ -156,13 +166,16 @@ struct AdamwArgs {
 /// one after the other, then a binary tree, all in FP32. For tensors with measure_amax also the
 /// amax, as decoded, into the gradient's scale (which must hold 0 or a lower bound before), and
 /// where `nonfinite` is set, 1 into it if a value of any tensor is not finite.
-/// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA and for every sharding.
+/// Stream-ordered, one launch. Deterministic; for finite values equal bits on CPU and CUDA and for
+/// every sharding.
 void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 
 /// First half of a step: norm and clip factor (a fixed binary tree over the segments in double),
 /// decision to skip, step count, bias corrections, the new scales from the bounds of numerics
 /// section 3. How to decode the old state is taken over into `steps`, the new scales stand in the
-/// tensors' scales, their amax is set to 0. A skipped step changes `skipped` and nothing else.
+/// tensors' scales, their amax is set to 0. A skipped step changes no state, weight, scale or step
+/// count, only `skipped` and the scalars that say why. Either way `nonfinite` and the amax of
+/// gradients with measure_amax are set to 0 for the next step.
 /// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA.
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 

@@ -39,7 +39,8 @@ struct Segment {
 };
 
 /// The segments inside the given pieces of a list of tensors, in the order of the pieces. Pieces
-/// must be unions of whole panels. `local` counts along the pieces of each tensor.
+/// must be unions of whole panels; those of a tensor must ascend and not overlap. `local` counts
+/// along the pieces of each tensor.
 std::vector<Segment> segments_of(const std::vector<Shape>& shapes,
                                  const std::vector<Piece>& pieces);
 

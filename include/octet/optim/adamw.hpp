@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,12 +13,12 @@ namespace octet {
 /// Throws octet::Error naming the field for betas outside [0, 1), eps outside [2^-100, 2^60], a
 /// weight decay that is negative or not finite, and amsgrad.
 void check_adamw(const AdamWConfig& config);
-/// The same for a group of parameters, beginning with `what`; also for a learning-rate factor that
-/// is negative or not finite.
-void check_group(const std::string& what, const AdamWGroup& group);
+/// The same for the hyper-parameters of a group, beginning with `what`; also for a learning-rate
+/// factor that is negative or not finite.
+void check_hyper(const std::string& what, const AdamwHyper& hyper);
 /// Throws octet::Error, beginning with `what`, for formats that do not exist or that these
 /// hyper-parameters do not bound (beta1^2 >= beta2 with quantised states).
-void check_formats(const std::string& what, const StateFormats& formats, const AdamWGroup& group);
+void check_formats(const std::string& what, const StateFormats& formats, const AdamwHyper& hyper);
 /// Throws octet::Error, beginning with `what`, for a gradient format that does not exist.
 void check_gradient_format(const std::string& what, DType dtype);
 
@@ -38,14 +37,15 @@ struct AdamWParam {
   bool gradient_is_shard = false;
   /// Compute weight, whole, in formats.weight; of an f32 weight the master too; empty for `none`.
   TensorView weight = {};
-  /// For e4m3_and_transpose the transposed weight [columns, rows] of a matrix, whole; else empty.
+  /// For e4m3_and_transpose the transposed weight [columns, rows] of a matrix, whole; else empty. A
+  /// step writes what belongs to this rank's pieces.
   TensorView weight_transposed = {};
   /// Pieces of this parameter that this rank updates, unions of whole panels; Piece::tensor is
   /// ignored. `whole` updates everything.
   std::vector<Piece> pieces = {};
   bool whole = true;
-  /// Hyper-parameters of this parameter's group instead of the configuration's.
-  std::optional<AdamWGroup> group = {};
+  /// Hyper-parameters that differ from the configuration's.
+  AdamWGroup group = {};
 };
 
 struct AdamWStep {
@@ -67,14 +67,17 @@ struct StateView {
 /// AdamW over a list of parameters: owns m, v and (unless FP32 master and weight are one) the
 /// master, their scales, the step count and the tables. One pass over the memory, everything
 /// decided on the device (numerics section 3).
+/// On CUDA the formats of the levels and small_formats() are fast (docs/performance.md) with
+/// stochastic rounding, decoupled weight decay and buffers aligned to 16 bytes; everything else
+/// takes a general path, several times slower, with the same bits.
 /// Memory is taken in the constructor; measure() and step() allocate nothing, do not synchronise
 /// and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same reduced
 /// gradient, for every sharding.
 class AdamW {
  public:
   /// Throws octet::Error naming the parameter and the field for formats that do not exist, views
-  /// that do not fit, betas outside [0, 1), eps outside [2^-100, 2^60], and beta1^2 >= beta2 with
-  /// quantised states.
+  /// that do not fit or are on another device, hyper-parameters that check_adamw or check_hyper
+  /// refuse, and beta1^2 >= beta2 with quantised states.
   AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWParam> params);
 
   /// Sets master and compute weight of parameter i from `values` (f32, bf16 or f16, whole, on the
@@ -92,7 +95,8 @@ class AdamW {
   const std::vector<Segment>& segments() const { return segments_; }
 
   /// One step. With max_norm set, segment_sums() must hold all segments' sums. Throws octet::Error
-  /// when an amax is unknown because measure() has not been called since the last step.
+  /// when measure() has not been called since the last step although max_norm is set or an amax is
+  /// not known.
   void step(const AdamWStep& step);
 
   const AdamwScalars* scalars() const { return scalars_.as<AdamwScalars>(); }
@@ -129,14 +133,14 @@ class AdamW {
   TensorScale* scale(Slot slot, int i) const;
   void check_index(int i) const;
   std::size_t grow(std::vector<State>& states, StateFormat format, std::int64_t count);
-  std::int32_t group_index(const AdamWGroup& group);
+  std::int32_t group_index(const AdamwHyper& hyper);
   AdamwTensor make_tensor(int i, std::uint64_t random_base);
   AdamwArgs args(const AdamWStep& step) const;
 
   Context ctx_;
   AdamWConfig config_;
   std::vector<AdamWParam> params_;
-  std::vector<AdamWGroup> groups_host_;
+  std::vector<AdamwHyper> groups_host_;
   std::vector<State> m_, v_, master_;
   std::vector<StateBytes> bytes_;
   std::vector<AdamwTensor> tensors_host_;

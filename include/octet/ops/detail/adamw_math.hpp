@@ -36,7 +36,7 @@ OCTET_HD inline void measure_clip(AdamwScalars& s, float max_norm, bool maximize
 }
 
 /// The scalars of a group at the step after `applied` others.
-OCTET_HD inline AdamwGroupScalars group_scalars(const AdamWGroup& group, bool decoupled,
+OCTET_HD inline AdamwGroupScalars group_scalars(const AdamwHyper& group, bool decoupled,
                                                 std::int64_t applied, float lr) {
   const std::int64_t t = applied + 1;
   const double beta1 = group.beta1;

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// A vector of eight elements through a step: loaded, updated, rounded, stored.
+#pragma once
+
+#include "cuda/ops/adamw_rows.cuh"
+#include "cuda/ops/adamw_vector.cuh"
+
+namespace octet::detail::cuda {
+
+/// The first elements of a segment in the buffers of its tensor.
+struct Streams {
+  char *gradient, *master, *m, *v, *weight;
+  float *m_blocks, *v_blocks;
+};
+
+/// What the threads of a block share.
+struct Work {
+  AdamwTensor tensor;
+  AdamwTensorStep step;
+  Streams streams;
+};
+
+__device__ inline Streams streams_of(const AdamwTensor& t, const AdamwOffsets& at) {
+  const auto start = [](const void* data, std::int64_t i, std::size_t bytes) {
+    return static_cast<char*>(const_cast<void*>(data)) + i * static_cast<std::int64_t>(bytes);
+  };
+  return {start(t.gradient, at.gradient, size_of(t.gradient_dtype)),
+          start(t.master, at.master, size_of(t.formats.master)),
+          start(t.m, at.state, size_of(t.formats.m)),
+          start(t.v, at.state, size_of(t.formats.v)),
+          start(t.weight, at.weight, size_of(dtype_of(t.formats.weight))),
+          t.m_blocks + at.state / kStateBlock,
+          t.v_blocks + at.state / kStateBlock};
+}
+
+/// The codes of a vector.
+template <AdamwRow R>
+struct Codes {
+  Packed<size_of(R.gradient)> gradient;
+  Packed<size_of(R.formats.master)> master;
+  Packed<size_of(R.formats.m)> m;
+  Packed<size_of(R.formats.v)> v;
+  Packed<size_of(dtype_of(R.formats.weight))> weight;
+
+  __device__ void load(const Streams& from, int i) {
+    gradient = load_packed<size_of(R.gradient)>(from.gradient, i);
+    master = load_packed<size_of(R.formats.master)>(from.master, i);
+    m = load_packed<size_of(R.formats.m)>(from.m, i);
+    v = load_packed<size_of(R.formats.v)>(from.v, i);
+    if constexpr (R.formats.master == StateFormat::split) weight = load_packed<1>(from.weight, i);
+  }
+  /// Asks the second-level cache for a vector that will be loaded later: unlike a load it takes no
+  /// registers.
+  __device__ static void prefetch(const Streams& from, int i) {
+    const auto ask = [i](const char* data, std::size_t bytes) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(data + std::int64_t{i} * bytes));
+    };
+    ask(from.gradient, size_of(R.gradient));
+    ask(from.master, size_of(R.formats.master));
+    ask(from.m, size_of(R.formats.m));
+    ask(from.v, size_of(R.formats.v));
+    if constexpr (R.formats.master == StateFormat::split) ask(from.weight, 1);
+    if constexpr (is_block(R.formats.m)) {
+      const std::int64_t block = i / static_cast<int>(kStateBlock);
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(from.m_blocks + block));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(from.v_blocks + block));
+    }
+  }
+  __device__ void store(const Streams& to, int i) const {
+    store_packed(to.master, i, master);
+    store_packed(to.m, i, m);
+    store_packed(to.v, i, v);
+    store_packed(to.weight, i, weight);
+  }
+};
+
+template <AdamwRow R, class Math>
+__device__ void update_values(const AdamwTensorStep& s, const Codes<R>& codes, float m_inv,
+                              float v_inv, AdamwValues (&values)[kVector], Math& math) {
+  float gradient[kVector], master[kVector], m[kVector], v[kVector];
+  decode<R.gradient>(codes.gradient, gradient);
+  if constexpr (R.formats.master == StateFormat::split) {
+    decode_split(codes.weight, codes.master, master);
+  } else {
+    decode<R.formats.master>(codes.master, master);
+  }
+  decode<R.formats.m>(codes.m, m);
+  decode<R.formats.v>(codes.v, v);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    values[i] = updated(s, R.formats, {gradient[i], master[i], m[i], v[i]}, m_inv, v_inv, math);
+  }
+}
+
+/// Whether both moments are quantised, so that no small number is left over from long ago.
+constexpr bool takes_fast_math(const StateFormats& f) {
+  return f.m != StateFormat::f32 && f.v != StateFormat::f32;
+}
+
+/// The same by IeeeMath, for the rare vector that FastMath cannot do. Reads it once more, so that
+/// the usual path need not keep it.
+template <AdamwRow R>
+__device__ __noinline__ void update_values_again(const Work& work, int i, float m_inv, float v_inv,
+                                                 AdamwValues* values) {
+  Codes<R> codes;
+  codes.load(work.streams, i);
+  IeeeMath math;
+  AdamwTensorStep s = work.step;
+  if (R.formats.master == StateFormat::split) s.master_inv *= 0x1p120f;
+  AdamwValues result[kVector];
+  update_values<R>(s, codes, m_inv, v_inv, result, math);
+  for (int k = 0; k < kVector; ++k) {
+    values[k] = result[k];
+    // Far below the smallest code, and the caller tells it from zero by its exponent.
+    if (result[k].second > 0.0f) values[k].second = fmaxf(result[k].second, 0x1p-126f);
+  }
+}
+
+/// The values of a vector after the step.
+template <AdamwRow R>
+__device__ void update_vector(const Work& work, const AdamwTensorStep& s, const Codes<R>& codes,
+                              int i, bool active, float m_inv, float v_inv,
+                              AdamwValues (&values)[kVector]) {
+  if constexpr (takes_fast_math(R.formats)) {
+    FastMath math;
+    update_values<R>(s, codes, m_inv, v_inv, values, math);
+    if (active && !math.is_exact()) {
+      AdamwValues again[kVector];
+      update_values_again<R>(work, i, m_inv, v_inv, again);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) values[k] = again[k];
+    }
+  } else {
+    IeeeMath math;
+    update_values<R>(s, codes, m_inv, v_inv, values, math);
+  }
+}
+
+/// Largest codes that a thread has stored, on top; of block formats the largest `inv`.
+struct LargestOnTop {
+  std::uint32_t m = 0, v = 0, master = 0, inv = 0;
+};
+
+/// Rounds the values of a step into codes; m_scale and v_scale are those of the tensor or the
+/// block. `ratio` is what e4m3_weight wants.
+template <AdamwRow R>
+__device__ void encode(const AdamwTensorStep& s, const AdamwValues (&values)[kVector],
+                       const RandomWords (&words)[kVector / 4], float m_scale, float v_scale,
+                       __half2 ratio, Codes<R>& codes, LargestOnTop& largest) {
+  constexpr StateFormats F = R.formats;
+  std::uint32_t m[kVector], v[kVector], master[kVector];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    const AdamwValues& x = values[k];
+    const std::uint32_t word = words[k / 4].word[k % 4];
+    m[k] = rounded<F.m>(fabsf(x.m), m_scale, noise_m<F.m>(word));
+    v[k] = rounded<F.v>(x.second, v_scale, noise_v<F.v>(word));
+    master[k] = rounded<F.master>(fabsf(x.master), s.master_scale, noise_master(word));
+    if constexpr (F.v != StateFormat::f32) {
+      // A positive v, which is no subnormal here, is at least the smallest code.
+      v[k] = max(v[k], min(float_bits(x.second), 1u << top_of(F.v)));
+    }
+    largest.m = max(largest.m, m[k]);
+    largest.v = max(largest.v, v[k]);
+    largest.master = max(largest.master, master[k]);
+    m[k] = with_sign<F.m>(m[k], x.m);
+    master[k] = with_sign<F.master>(master[k], x.master);
+  }
+  codes.m = pack<top_of(F.m)>(m);
+  codes.v = pack<top_of(F.v)>(v);
+  if constexpr (F.master == StateFormat::split) {
+    halve_split(pack<16>(master), codes.weight, codes.master);
+  } else {
+    codes.master = pack<top_of(F.master)>(master);
+    if constexpr (F.weight == WeightFormat::bf16) {
+      codes.weight = bf16_weight(codes.master);
+    } else {
+      codes.weight = e4m3_weight(codes.master, ratio);
+    }
+  }
+}
+
+}  // namespace octet::detail::cuda
