@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// A whole step, gradients and Linear included, captured once and replayed: the bits of the eager
-// run, with a learning rate that changes between replays.
+// A whole step, gradients and Linear included, or of AdamW alone, captured once and replayed: the
+// bits of the eager run, with a learning rate that changes between replays.
 #include <cuda_runtime_api.h>
 
 #include <array>
 #include <vector>
 
 #include "octet/octet.hpp"
-#include "support/adamw_stored.hpp"
+#include "support/adamw_model.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/devices.hpp"
@@ -31,6 +31,30 @@ class Stream {
 
  private:
   cudaStream_t stream_ = nullptr;
+};
+
+/// What a callable enqueues on a stream, captured.
+class Graph {
+ public:
+  template <class Enqueue>
+  Graph(cudaStream_t stream, Enqueue enqueue) : stream_(stream) {
+    REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    enqueue();
+    REQUIRE(cudaStreamEndCapture(stream, &graph_) == cudaSuccess);
+    REQUIRE(cudaGraphInstantiate(&executable_, graph_, 0) == cudaSuccess);
+  }
+  ~Graph() {
+    cudaGraphExecDestroy(executable_);
+    cudaGraphDestroy(graph_);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch() { REQUIRE(cudaGraphLaunch(executable_, stream_) == cudaSuccess); }
+
+ private:
+  cudaStream_t stream_;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
 };
 
 /// One linear layer and a vector, trained on a fixed batch.
@@ -113,21 +137,65 @@ void check_replay(Level level) {
   captured.set_rate(kRates[0]);
   captured.enqueue_step();  // plans of GEMMs are made at their first call
   ctx.synchronize();
-  REQUIRE(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-  captured.enqueue_step();
-  cudaGraph_t graph = nullptr;
-  REQUIRE(cudaStreamEndCapture(stream.get(), &graph) == cudaSuccess);
-  cudaGraphExec_t executable = nullptr;
-  REQUIRE(cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess);
+  Graph graph(stream.get(), [&] { captured.enqueue_step(); });
   for (std::size_t i = 1; i < kRates.size(); ++i) {
     captured.set_rate(kRates[i]);
-    REQUIRE(cudaGraphLaunch(executable, stream.get()) == cudaSuccess);
+    graph.launch();
   }
   ctx.synchronize();
   REQUIRE(first_difference(captured.state(), eager.state()) == "");
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
 }
+
+/// AdamW over matrices in several formats, the gradient of one of them without a known amax; a
+/// learning rate in device memory.
+class Matrices {
+ public:
+  explicit Matrices(const Context& ctx)
+      : model_(ctx, {.weight_decay = 0.1f, .seed = 3}, cases()), lr_(ctx, sizeof(float)) {
+    for (int i = 0; i < kCount; ++i) {
+      model_.initialise(i, normal_values(kElements, static_cast<std::uint32_t>(i), 0.02f));
+    }
+  }
+
+  /// What changes from step to step: the rate and the gradients.
+  void set(std::size_t step) {
+    write_one(model_.context(), lr_.data(), kRates[step]);
+    for (int i = 0; i < kCount; ++i) {
+      const auto seed = static_cast<std::uint32_t>(100 * step) + static_cast<std::uint32_t>(i);
+      model_.set_gradient(i, normal_values(kElements, seed, 0.1f));
+    }
+  }
+
+  void enqueue_step() {
+    model_.optimizer().measure(model_.flag());
+    model_.optimizer().step(
+        {.lr_device = lr_.as<const float>(), .max_norm = 1.0f, .nonfinite = model_.flag()});
+  }
+
+  const AdamwModel& model() const { return model_; }
+
+ private:
+  static constexpr int kCount = 5;
+  static constexpr std::size_t kElements = 128 * 256;
+
+  static std::vector<ParamCase> cases() {
+    StateFormats transposed = kO2, none = kO2;
+    transposed.weight = WeightFormat::e4m3_and_transpose;
+    none.weight = WeightFormat::none;
+    const Shape shape = {128, 256};
+    return {{.shape = shape, .formats = kO2, .gradient = DType::e4m3},
+            {.shape = shape, .formats = transposed, .gradient = DType::e4m3},
+            {.shape = shape,
+             .formats = kSmall,
+             .gradient = DType::e4m3,
+             .amax = GradientAmax::measured},
+            {.shape = shape, .formats = none, .gradient = DType::bf16},
+            {.shape = shape, .formats = kO2, .gradient = DType::f32}};
+  }
+
+  AdamwModel model_;
+  Buffer lr_;
+};
 
 }  // namespace
 
@@ -139,6 +207,34 @@ TEST_CASE("a captured step replays with the bits of the eager one") {
   for (Level level : {Level::O0, Level::O1, Level::O2}) {
     CAPTURE(name_of(level));
     check_replay(level);
+  }
+}
+
+TEST_CASE("a captured measure() and step() of AdamW replay with the bits of the eager ones") {
+  if (cuda_device_count() == 0) {
+    WARN("no CUDA device: nothing to capture");
+    return;
+  }
+  const Stream stream;
+  const Context ctx = Context::cuda(0, stream.get());
+  Matrices eager(ctx), captured(ctx);
+  eager.set(0);
+  eager.enqueue_step();  // kernels are loaded at their first call
+  captured.set(0);
+  captured.enqueue_step();
+  Graph graph(stream.get(), [&] { captured.enqueue_step(); });
+  for (std::size_t i = 1; i < kRates.size(); ++i) {
+    CAPTURE(i);
+    eager.set(i);
+    eager.enqueue_step();
+    captured.set(i);
+    graph.launch();
+    const AdamwScalars scalars = captured.model().scalars();
+    CHECK(scalars.step == static_cast<std::int64_t>(i) + 1);
+    CHECK(scalars.lr == kRates[i]);
+    CHECK(scalars.clip < 1.0f);
+    CHECK(bits_of(scalars.clip) == bits_of(eager.model().scalars().clip));
+    CHECK(first_difference(captured.model().all_bytes(), eager.model().all_bytes()) == "");
   }
 }
 

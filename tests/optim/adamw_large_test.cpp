@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tensor of more than 2^31 elements: every index must have 64 bits. Some panels of it, updated
-// on the CPU as a shard, must have the bits of the whole on the GPU.
+// A tensor of more than 2^31 elements: every index must have 64 bits. Some panels of it, updated on
+// the CPU as a shard, must have the bits of the whole on the GPU.
 #include <cuda_runtime_api.h>
 
 #include <array>
@@ -54,7 +54,8 @@ void repeat(const Context& ctx, void* to, std::int64_t count, const std::vector<
   ctx.synchronize();  // before the source goes
 }
 
-/// The first panel, those around the middle and the last three.
+/// The first panel, those around the middle and the last three; of at least eight, so that no panel
+/// is taken twice.
 std::vector<Piece> watched_pieces(std::int64_t count) {
   const std::int64_t panels = (count + kPanelVectorElements - 1) / kPanelVectorElements;
   const auto piece = [count](std::int64_t first, std::int64_t last) {
@@ -64,29 +65,32 @@ std::vector<Piece> watched_pieces(std::int64_t count) {
   return {piece(0, 1), piece(panels / 2 - 1, panels / 2 + 1), piece(panels - 3, panels)};
 }
 
-/// One vector with its gradient and optimizer: the whole of it, or some pieces without a compute
-/// weight.
+/// One vector with its gradient and optimizer: the whole of it, or some pieces, those without a
+/// compute weight unless the master needs it.
 class Vector {
  public:
-  Vector(const Context& ctx, std::int64_t count, const std::vector<std::uint8_t>& gradient,
-         std::vector<Piece> pieces)
+  Vector(const Context& ctx, const StateFormats& formats, std::int64_t count,
+         const std::vector<std::uint8_t>& gradient, std::vector<Piece> pieces)
       : ctx_(ctx), pieces_(std::move(pieces)), shape_({count}) {
     const bool whole = pieces_.empty();
     AdamWParam param;
     param.name = "vector";
     param.shape = shape_;
-    param.formats = kO2;
+    param.formats = formats;
     param.whole = whole;
     param.pieces = pieces_;
     param.gradient_is_shard = !whole;
     std::int64_t owned = whole ? count : 0;
     for (const Piece& piece : pieces_) owned += piece.count;
     gradient_ = Tensor(ctx, DType::e4m3, {owned});
-    if (whole) {
+    if (whole || formats.master == StateFormat::split) {
       weight_ = Tensor(ctx, DType::e4m3, shape_);
-      repeat(ctx, gradient_.view().data, count, gradient);
     } else {
       param.formats.weight = WeightFormat::none;
+    }
+    if (whole) {
+      repeat(ctx, gradient_.view().data, count, gradient);
+    } else {
       fill_shard(gradient);
     }
     scale_ = upload<TensorScale>(ctx, {{0x1p-12f, 0x1p12f, 448 * 0x1p-12f}});
@@ -152,19 +156,70 @@ std::vector<std::uint8_t> gathered(const Context& ctx, const void* data, std::si
   return all;
 }
 
-/// The largest code without its sign of a whole state, read in parts.
+/// The same of a state: codes, then the scales of its blocks.
+std::vector<std::uint8_t> gathered(const Context& ctx, const StateView& view,
+                                   const std::vector<Piece>& pieces) {
+  auto all = gathered(ctx, view.data, size_of(view.format), pieces);
+  if (!is_block(view.format)) return all;
+  std::vector<Piece> blocks;
+  for (const Piece& piece : pieces) {
+    blocks.push_back({0, piece.begin / kStateBlock, block_count(view.format, piece.count)});
+  }
+  const auto scales = gathered(ctx, view.blocks, sizeof(float), blocks);
+  all.insert(all.end(), scales.begin(), scales.end());
+  return all;
+}
+
+/// Calls each(values, first) with `count` values in device memory, read in parts.
+template <class T, class Each>
+void read_in_parts(const Context& ctx, const void* data, std::int64_t count, Each each) {
+  constexpr std::int64_t kPart = std::int64_t{1} << 27;
+  for (std::int64_t begin = 0; begin < count; begin += kPart) {
+    const auto size = static_cast<std::size_t>(std::min(kPart, count - begin));
+    each(download<T>(ctx, static_cast<const T*>(data) + begin, size), begin);
+  }
+}
+
+/// The largest code without its sign of a whole state.
 template <class T>
 std::uint32_t largest_code(const Context& ctx, const StateView& view) {
-  constexpr std::int64_t kPart = std::int64_t{1} << 27;
   constexpr T kMask = static_cast<T>(static_cast<T>(~T{0}) >> 1);
   T largest = 0;
-  for (std::int64_t begin = 0; begin < view.count; begin += kPart) {
-    const std::int64_t count = std::min(kPart, view.count - begin);
-    const std::vector<T> codes =
-        download<T>(ctx, static_cast<const T*>(view.data) + begin, static_cast<std::size_t>(count));
+  read_in_parts<T>(ctx, view.data, view.count, [&](const std::vector<T>& codes, std::int64_t) {
     for (T code : codes) largest = std::max(largest, static_cast<T>(code & kMask));
-  }
+  });
   return largest;
+}
+
+/// The amax of a whole state, from all of it.
+double amax_of_state(const Context& ctx, const StateView& view, const TensorView& weight,
+                     const TensorScale& scale) {
+  if (is_block(view.format)) {
+    float largest = 0;
+    read_in_parts<float>(ctx, view.blocks, block_count(view.format, view.count),
+                         [&](const std::vector<float>& blocks, std::int64_t) {
+                           for (float block : blocks) largest = std::max(largest, block);
+                         });
+    const float top = 448.0f * largest;
+    return static_cast<double>(is_root(view.format) ? top * top : top);
+  }
+  const auto inv = static_cast<double>(scale.scale_inv);
+  if (view.format == StateFormat::split) {
+    std::int32_t largest = 0;
+    read_in_parts<std::uint8_t>(
+        ctx, weight.data, view.count,
+        [&](const std::vector<std::uint8_t>& codes, std::int64_t begin) {
+          const auto* from = static_cast<const std::int8_t*>(view.data) + begin;
+          const auto remainders = download<std::int8_t>(ctx, from, codes.size());
+          for (std::size_t i = 0; i < codes.size(); ++i) {
+            largest = std::max(largest, 256 * (codes[i] & 0x7F) + remainders[i]);
+          }
+        });
+    return split_value(static_cast<std::uint32_t>(largest)) * inv;
+  }
+  const std::uint32_t top = size_of(view.format) == 1 ? largest_code<std::uint8_t>(ctx, view)
+                                                      : largest_code<std::uint16_t>(ctx, view);
+  return table_of(table_dtype(view.format)).decode(top) * inv;
 }
 
 /// How many weights are not the nearest code to the stored master.
@@ -182,17 +237,19 @@ int wrong_weights(const std::vector<std::uint8_t>& weight, const std::vector<std
 }
 
 /// The whole vector on `ctx` against its watched pieces on the CPU.
-void compare(const Context& ctx, std::int64_t count, std::size_t gradient_period,
-             std::size_t value_period) {
+void compare(const Context& ctx, const StateFormats& formats, std::int64_t count,
+             std::size_t gradient_period, std::size_t value_period) {
   const std::vector<Piece> pieces = watched_pieces(count);
   const std::vector<std::uint8_t> gradient = gradient_block(gradient_period);
   const Context host = Context::cpu();
-  Vector whole(ctx, count, gradient, {}), part(host, count, gradient, pieces);
+  Vector whole(ctx, formats, count, gradient, {}), part(host, formats, count, gradient, pieces);
+  const bool is_split = formats.master == StateFormat::split;
   const std::vector<std::uint16_t> values = value_block(value_period);
   whole.initialise(values);
   part.initialise(values);
   for (int t = 1; t <= kSteps; ++t) {
-    INFO(to_string(ctx.device()) << ", " << count << " elements, step " << t);
+    INFO(to_string(ctx.device()) << ", " << describe(formats) << ", " << count << " elements, step "
+                                 << t);
     for (Vector* each : {&whole, &part}) each->optimizer().measure();
     const std::vector<float> sums = whole.sums(), own = part.sums();
     REQUIRE(sums.size() == own.size());
@@ -214,7 +271,8 @@ void compare(const Context& ctx, std::int64_t count, std::size_t gradient_period
 
     const std::vector<TensorScale> scales = whole.scales();
     std::vector<TensorScale> shared = part.scales();
-    for (std::size_t slot = 1; slot < 4; ++slot) {  // master, m, v; the pieces have no weight
+    // Weight, master, m, v; the pieces have no weight unless the master needs it.
+    for (std::size_t slot = is_split ? 0 : 1; slot < 4; ++slot) {
       CHECK(shared[slot].scale == scales[slot].scale);
       CHECK(shared[slot].amax <= scales[slot].amax);
       shared[slot].amax = scales[slot].amax;
@@ -229,19 +287,19 @@ void compare(const Context& ctx, std::int64_t count, std::size_t gradient_period
     for (std::size_t s = 0; s < 3; ++s) {
       REQUIRE(states[s].count == count);
       INFO(name_of(states[s].format) << " state " << s);
-      const auto codes = gathered(ctx, states[s].data, size_of(states[s].format), pieces);
-      CHECK(first_difference(codes, download_state(host, parts[s])) == "");
-      if (s == 0) master = codes;
-      // The amax is that of all elements.
-      const std::uint32_t top = size_of(states[s].format) == 1
-                                    ? largest_code<std::uint8_t>(ctx, states[s])
-                                    : largest_code<std::uint16_t>(ctx, states[s]);
-      const double amax = table_of(table_dtype(states[s].format)).decode(top) *
-                          static_cast<double>(scales[s + 1].scale_inv);
-      CHECK(static_cast<double>(scales[s + 1].amax) == amax);
+      const auto bytes = gathered(ctx, states[s], pieces);
+      CHECK(first_difference(bytes, download_state(host, parts[s])) == "");
+      if (s == 0) master = bytes;
+      CHECK(static_cast<double>(scales[s + 1].amax) ==
+            amax_of_state(ctx, states[s], whole.weight(), scales[s + 1]));
     }
     const auto weight = gathered(ctx, whole.weight().data, 1, pieces);
-    CHECK(wrong_weights(weight, master, scales[0], scales[1]) == 0);
+    if (is_split) {
+      const auto expected = gathered(host, part.weight().data, 1, pieces);
+      CHECK(first_difference(weight, expected) == "");
+    } else {
+      CHECK(wrong_weights(weight, master, scales[0], scales[1]) == 0);
+    }
   }
 }
 
@@ -256,8 +314,10 @@ std::size_t free_device_memory() {
 
 TEST_CASE("some panels of a vector have the bits of the whole") {
   for (const Context& ctx : test_contexts()) {
-    compare(ctx, 7 * kPanelVectorElements + 3, 9973, 5003);
-    compare(ctx, 6 * kPanelVectorElements, 9973, 5003);
+    for (const StateFormats& formats : {kO2, kSmall}) {
+      compare(ctx, formats, 7 * kPanelVectorElements + 3, 9973, 5003);
+      compare(ctx, formats, 8 * kPanelVectorElements, 9973, 5003);
+    }
   }
 }
 
@@ -267,7 +327,10 @@ TEST_CASE("a vector of 2^31 + 3 elements has the bits of its panels") {
     WARN("skipped: no CUDA device with 40 GiB of free memory");
     return;
   }
-  compare(Context::cuda(0, nullptr), (std::int64_t{1} << 31) + 3, kGradientPeriod, kValuePeriod);
+  for (const StateFormats& formats : {kO2, kSmall}) {
+    compare(Context::cuda(0, nullptr), formats, (std::int64_t{1} << 31) + 3, kGradientPeriod,
+            kValuePeriod);
+  }
 }
 
 }  // namespace octet::test
