@@ -84,7 +84,9 @@ void check_run(const json& run, int ranks, const std::string& device) {
 
   const auto losses = run.at("losses").get<std::vector<double>>();
   REQUIRE(losses.size() == 20);
-  CHECK(std::abs(losses.front() - std::log(256.0)) < 0.1);
+  // Logits of an untrained model scatter by 0.02 * sqrt(width) = 0.16, the same for all places of a
+  // frequent byte; the text is that of the sources.
+  CHECK(std::abs(losses.front() - std::log(256.0)) < 0.3);
   CHECK(mean_of(losses, 15, 20) < losses.front() - 0.5);
   CHECK(std::abs(run.at("val_loss").get<double>() - mean_of(losses, 15, 20)) < 0.5);
 }
