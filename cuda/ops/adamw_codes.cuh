@@ -33,6 +33,18 @@ __device__ inline Streams streams_of(const AdamwTensor& t, const AdamwOffsets& a
           t.v_blocks + at.state / kStateBlock};
 }
 
+/// Where the elements of a vector are: four from `first` on and four from first + gap on.
+struct Place {
+  int first, gap;
+};
+
+/// Whether the quads of a vector are taken from two places, so that every access of a warp is to
+/// consecutive bytes: 8 FP32 values are two accesses. Of narrower formats 8 consecutive elements
+/// are one.
+constexpr bool takes_quads(const StateFormats& f) {
+  return f.master == StateFormat::f32 || f.m == StateFormat::f32 || f.v == StateFormat::f32;
+}
+
 /// The codes of a vector.
 template <AdamwRow R>
 struct Codes {
@@ -42,12 +54,12 @@ struct Codes {
   Packed<size_of(R.formats.v)> v;
   Packed<size_of(dtype_of(R.formats.weight))> weight;
 
-  __device__ void load(const Streams& from, int i) {
-    gradient = load_packed<size_of(R.gradient)>(from.gradient, i);
-    master = load_packed<size_of(R.formats.master)>(from.master, i);
-    m = load_packed<size_of(R.formats.m)>(from.m, i);
-    v = load_packed<size_of(R.formats.v)>(from.v, i);
-    if constexpr (R.formats.master == StateFormat::split) weight = load_packed<1>(from.weight, i);
+  __device__ void load(const Streams& from, Place place) {
+    load_codes(gradient, from.gradient, place);
+    load_codes(master, from.master, place);
+    load_codes(m, from.m, place);
+    load_codes(v, from.v, place);
+    if constexpr (R.formats.master == StateFormat::split) load_codes(weight, from.weight, place);
   }
   /// Asks the second-level cache for a vector that will be loaded later: unlike a load it takes no
   /// registers.
@@ -66,11 +78,31 @@ struct Codes {
       asm volatile("prefetch.global.L2 [%0];" ::"l"(from.v_blocks + block));
     }
   }
-  __device__ void store(const Streams& to, int i) const {
-    store_packed(to.master, i, master);
-    store_packed(to.m, i, m);
-    store_packed(to.v, i, v);
-    store_packed(to.weight, i, weight);
+  __device__ void store(const Streams& to, Place place) const {
+    store_codes(to.master, place, master);
+    store_codes(to.m, place, m);
+    store_codes(to.v, place, v);
+    store_codes(to.weight, place, weight);
+  }
+
+ private:
+  template <std::size_t Bytes>
+  __device__ static void load_codes(Packed<Bytes>& p, const char* from, Place place) {
+    if constexpr (takes_quads(R.formats)) {
+      load_quad(p, 0, from, place.first);
+      load_quad(p, 1, from, place.first + place.gap);
+    } else {
+      p = load_packed<Bytes>(from, place.first);
+    }
+  }
+  template <std::size_t Bytes>
+  __device__ static void store_codes(char* to, Place place, const Packed<Bytes>& p) {
+    if constexpr (takes_quads(R.formats)) {
+      store_quad(to, place.first, p, 0);
+      store_quad(to, place.first + place.gap, p, 1);
+    } else {
+      store_packed(to, place.first, p);
+    }
   }
 };
 
@@ -103,7 +135,7 @@ template <AdamwRow R>
 __device__ __noinline__ void update_values_again(const Work& work, int i, float m_inv, float v_inv,
                                                  AdamwValues* values) {
   Codes<R> codes;
-  codes.load(work.streams, i);
+  codes.load(work.streams, {i, 4});
   IeeeMath math;
   AdamwTensorStep s = work.step;
   if (R.formats.master == StateFormat::split) s.master_inv *= 0x1p120f;
@@ -113,26 +145,6 @@ __device__ __noinline__ void update_values_again(const Work& work, int i, float 
     values[k] = result[k];
     // Far below the smallest code, and the caller tells it from zero by its exponent.
     if (result[k].second > 0.0f) values[k].second = fmaxf(result[k].second, 0x1p-126f);
-  }
-}
-
-/// The values of a vector after the step.
-template <AdamwRow R>
-__device__ void update_vector(const Work& work, const AdamwTensorStep& s, const Codes<R>& codes,
-                              int i, bool active, float m_inv, float v_inv,
-                              AdamwValues (&values)[kVector]) {
-  if constexpr (takes_fast_math(R.formats)) {
-    FastMath math;
-    update_values<R>(s, codes, m_inv, v_inv, values, math);
-    if (active && !math.is_exact()) {
-      AdamwValues again[kVector];
-      update_values_again<R>(work, i, m_inv, v_inv, again);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) values[k] = again[k];
-    }
-  } else {
-    IeeeMath math;
-    update_values<R>(s, codes, m_inv, v_inv, values, math);
   }
 }
 

@@ -22,7 +22,8 @@ struct alignas(Bytes == 1 ? 8 : 16) Packed {
   std::uint32_t word[2 * Bytes];
 };
 
-// Every byte is used once: evict first.
+// Every byte is used once, so it may be evicted first. (FP32 states are faster without that hint:
+// load_quad.)
 template <std::size_t Bytes>
 __device__ Packed<Bytes> load_packed(const char* data, int i) {
   const char* at = data + std::int64_t{i} * Bytes;
@@ -51,6 +52,34 @@ __device__ void store_packed(char* data, int i, const Packed<Bytes>& p) {
       __stcs(reinterpret_cast<uint4*>(at) + k,
              make_uint4(p.word[4 * k], p.word[4 * k + 1], p.word[4 * k + 2], p.word[4 * k + 3]));
     }
+  }
+}
+
+/// Four elements of a vector, from elements i of `data` on.
+template <std::size_t Bytes>
+__device__ void load_quad(Packed<Bytes>& p, int quad, const char* data, int i) {
+  const char* at = data + std::int64_t{i} * Bytes;
+  std::uint32_t* word = p.word + quad * Bytes;
+  if constexpr (Bytes == 1) {
+    word[0] = __ldcg(reinterpret_cast<const std::uint32_t*>(at));
+  } else if constexpr (Bytes == 2) {
+    const uint2 x = __ldcg(reinterpret_cast<const uint2*>(at));
+    word[0] = x.x, word[1] = x.y;
+  } else {
+    const uint4 x = __ldcg(reinterpret_cast<const uint4*>(at));
+    word[0] = x.x, word[1] = x.y, word[2] = x.z, word[3] = x.w;
+  }
+}
+template <std::size_t Bytes>
+__device__ void store_quad(char* data, int i, const Packed<Bytes>& p, int quad) {
+  char* at = data + std::int64_t{i} * Bytes;
+  const std::uint32_t* word = p.word + quad * Bytes;
+  if constexpr (Bytes == 1) {
+    __stcg(reinterpret_cast<std::uint32_t*>(at), word[0]);
+  } else if constexpr (Bytes == 2) {
+    __stcg(reinterpret_cast<uint2*>(at), make_uint2(word[0], word[1]));
+  } else {
+    __stcg(reinterpret_cast<uint4*>(at), make_uint4(word[0], word[1], word[2], word[3]));
   }
 }
 
