@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Norm, decision and set-up of a step; the update itself is in adamw_update.cu.
-#include <cooperative_groups.h>
-
+// Norm of a step and set-up; the decision is in adamw_prepare.cu, the update in adamw_update.cu.
 #include <algorithm>
 
 #include "cuda/check.hpp"
-#include "cuda/device/dependent.cuh"
 #include "cuda/device/reduce.cuh"
-#include "cuda/ops/adamw_rows.cuh"
 #include "cuda/ops/adamw_vector.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 #include "octet/ops/detail/adamw_initial.hpp"
@@ -18,10 +14,6 @@ namespace {
 // 256 lanes per segment, each taking runs of 16 elements: the order of summation of the norm.
 constexpr int kLanes = 256;
 constexpr int kRun = 16;
-// The decision: a cluster of blocks, every thread taking every 4096th tensor. A device without
-// clusters has one block of it.
-constexpr int kPrepareThreads = 512;
-constexpr int kPrepareBlocks = 8;
 constexpr std::int64_t kMaxBlocks = 2048;
 
 /// A run of gradients as they decode, with 16-byte loads where the address allows it.
@@ -91,168 +83,6 @@ __global__ void __launch_bounds__(kLanes) measure_kernel(AdamwArgs args, float* 
   if (threadIdx.x == 0) sums[segment.index] = lanes[0];
 }
 
-/// The blocks that decide a step together.
-struct Team {
-#if __CUDA_ARCH__ >= 900
-  __device__ static unsigned rank() { return cooperative_groups::this_cluster().block_rank(); }
-  __device__ static unsigned size() { return cooperative_groups::this_cluster().num_blocks(); }
-  __device__ static void sync() { cooperative_groups::this_cluster().sync(); }
-  /// The variable of another block's shared memory.
-  template <class T>
-  __device__ static const T& of(T& shared, unsigned rank) {
-    return *cooperative_groups::this_cluster().map_shared_rank(&shared, rank);
-  }
-#else
-  __device__ static unsigned rank() { return 0; }
-  __device__ static unsigned size() { return 1; }
-  __device__ static void sync() { __syncthreads(); }
-  template <class T>
-  __device__ static const T& of(T& shared, unsigned) {
-    return shared;
-  }
-#endif
-};
-
-/// The binary tree over all segments: every thread sums an aligned run of a power of two, then the
-/// runs are paired up, in the block and then over the blocks. The same tree as pairwise_sum over
-/// everything. Valid in thread 0.
-__device__ double sum_of_segments(const AdamwArgs& args) {
-  __shared__ double runs[kPrepareThreads];
-  std::int64_t length = 1;
-  while (length * kPrepareThreads * Team::size() < args.total_segments) length *= 2;
-  const std::int64_t begin = (std::int64_t{Team::rank()} * kPrepareThreads + threadIdx.x) * length;
-  const std::int64_t left = args.total_segments - begin;
-  const std::int64_t count = left < 0 ? 0 : left < length ? left : length;
-  runs[threadIdx.x] = pairwise_sum(
-      count, [&](std::int64_t i) { return static_cast<double>(args.segment_sums[begin + i]); });
-  for (unsigned stride = 1; stride < kPrepareThreads; stride *= 2) {
-    __syncthreads();
-    if (threadIdx.x % (2 * stride) == 0) runs[threadIdx.x] += runs[threadIdx.x + stride];
-  }
-  Team::sync();
-  if (threadIdx.x != 0) return 0.0;
-  return pairwise_sum(Team::size(),
-                      [&](std::int64_t r) { return Team::of(runs[0], static_cast<unsigned>(r)); });
-}
-
-/// Whether any thread of any block says so.
-__device__ bool any_of_team(bool mine) {
-  __shared__ int any;
-  const int block = __syncthreads_or(mine ? 1 : 0);
-  if (threadIdx.x == 0) any = block;
-  Team::sync();
-  const bool of_other = threadIdx.x < Team::size() && Team::of(any, threadIdx.x) != 0;
-  return __syncthreads_or(of_other ? 1 : 0) != 0;
-}
-
-// A table is read and written by one thread per entry: 16 bytes at a time, because every access of
-// a warp goes to as many lines as it has threads.
-template <class T>
-__device__ T load_entry(const T* from) {
-  static_assert(alignof(T) % 16 == 0);
-  struct alignas(16) Words {
-    uint4 word[sizeof(T) / 16];
-  } words;
-#pragma unroll
-  for (std::size_t i = 0; i < sizeof(T) / 16; ++i) {
-    words.word[i] = reinterpret_cast<const uint4*>(from)[i];
-  }
-  return bit_cast<T>(words);
-}
-template <class T>
-__device__ void store_entry(T* to, const T& entry) {
-  static_assert(alignof(T) % 16 == 0);
-  struct alignas(16) Words {
-    uint4 word[sizeof(T) / 16];
-  };
-  const Words words = bit_cast<Words>(entry);
-#pragma unroll
-  for (std::size_t i = 0; i < sizeof(T) / 16; ++i) {
-    reinterpret_cast<uint4*>(to)[i] = words.word[i];
-  }
-}
-
-/// What is known of a tensor before the step is decided.
-struct Prepared {
-  AdamwTensor tensor;
-  AdamwOldScales old;
-  AdamwGroupScalars group;
-  AdamwBounds bounds;
-};
-
-// Groups that a block keeps in shared memory; with more, every tensor computes its own.
-constexpr std::int64_t kSharedGroups = 256;
-
-/// The tensors of a thread are few, usually one: its first is prepared once and kept.
-__global__ void __launch_bounds__(kPrepareThreads)
-    prepare_kernel(const __grid_constant__ AdamwArgs args) {
-  __shared__ AdamwScalars s;
-  __shared__ alignas(16) char group_bytes[kSharedGroups * sizeof(AdamwGroupScalars)];
-  allow_next_kernel();
-  auto* groups = reinterpret_cast<AdamwGroupScalars*>(group_bytes);
-  const std::int64_t first = std::int64_t{Team::rank()} * kPrepareThreads + threadIdx.x;
-  const std::int64_t threads = std::int64_t{Team::size()} * kPrepareThreads;
-  Prepared p{};
-  // These loads run while the scalars are computed.
-  const auto load = [&](std::int64_t t) {
-    p.tensor = load_entry(args.tensors + t);
-    p.old = old_scales_of(p.tensor);
-  };
-  if (first < args.tensor_count) load(first);
-  const double sum = args.max_norm > 0.0f ? sum_of_segments(args) : 0.0;
-  if (threadIdx.x == 0) {
-    s = *args.scalars;
-    measure_clip(s, args.max_norm, args.config.maximize, sum);
-    s.lr = args.lr_device != nullptr ? *args.lr_device : args.lr;
-  }
-  __syncthreads();
-  const auto scalars_of_group = [&](std::int64_t g) {
-    return group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
-  };
-  for (std::int64_t g = threadIdx.x; g < args.group_count; g += kPrepareThreads) {
-    if (g >= kSharedGroups && Team::rank() != 0) break;
-    const AdamwGroupScalars group = scalars_of_group(g);
-    if (g < kSharedGroups) groups[g] = group;
-    if (Team::rank() == 0) args.group_scalars[g] = group;
-  }
-  __syncthreads();
-  bool skip = must_skip(s, args.nonfinite);
-  const auto prepare = [&] {
-    const std::int32_t g = p.tensor.group;
-    p.group = g < kSharedGroups ? groups[g] : scalars_of_group(g);
-    p.bounds = bounds_of(s, p.group, p.tensor.gradient_dtype, p.old);
-  };
-#pragma unroll 1
-  for (std::int64_t t = first; t < args.tensor_count; t += threads) {
-    if (t != first) load(t);
-    prepare();
-    skip = skip || !bounds_are_finite(p.bounds, p.group, p.tensor.formats);
-  }
-  skip = any_of_team(skip);  // from here on no block needs the old scalars
-#pragma unroll 1
-  for (std::int64_t t = first; t < args.tensor_count; t += threads) {
-    if (args.tensor_count > threads) {
-      load(t);
-      prepare();
-    }
-    if (!skip) {
-      AdamwTensorStep step;
-      begin_tensor(s, p.group, p.tensor, p.old, p.bounds, step);
-      const bool may_be_special = args.config.stochastic_rounding;
-      step.path =
-          static_cast<std::uint32_t>(may_be_special ? path_of(p.tensor, step) : AdamwPath::general);
-      store_entry(args.steps + t, step);
-    }
-    end_gradient(p.tensor);
-  }
-  if (first == 0) {
-    AdamwScalars decided = s;  // others may still compute with the step's number
-    end_decision(decided, skip, args.nonfinite);
-    *args.scalars = decided;
-  }
-  Team::sync();  // no block leaves while another reads its shared memory
-}
-
 __global__ void initialise_scales_kernel(AdamwTensor tensor) {
   initialise_scales(tensor, tensor.master_scale->amax);
 }
@@ -303,21 +133,6 @@ void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums) {
   measure_kernel<<<static_cast<unsigned>(args.segment_count), kLanes, 0, ctx.stream()>>>(args,
                                                                                          sums);
   OCTET_CUDA_CHECK(cudaGetLastError());
-}
-
-void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
-  set_device(ctx);
-  const bool has_clusters = is_built_for(prepare_kernel, 90);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kPrepareBlocks, 1, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = has_clusters ? kPrepareBlocks : 1;
-  launch.blockDim = kPrepareThreads;
-  launch.stream = ctx.stream();
-  launch.attrs = &cluster;
-  launch.numAttrs = has_clusters ? 1 : 0;
-  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, prepare_kernel, args));
 }
 
 }  // namespace octet::detail::cuda

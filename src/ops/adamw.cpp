@@ -9,9 +9,9 @@ namespace {
 void check(const AdamwArgs& args, const char* op) {
   require(args.tensor_count >= 0 && args.segment_count >= 0, op, ": ", args.tensor_count,
           " tensors and ", args.segment_count, " segments; counts must not be negative");
-  require(args.tensor_count == 0 ||
-              (args.tensors != nullptr && args.scalars != nullptr && args.steps != nullptr),
-          op, ": tensors, scalars and steps must all be given");
+  require(args.tensor_count == 0 || (args.tensors != nullptr && args.scalars != nullptr &&
+                                     args.steps != nullptr && args.scratch != nullptr),
+          op, ": tensors, scalars, steps and scratch must all be given");
   require(args.tensor_count == 0 ||
               (args.groups != nullptr && args.group_scalars != nullptr && args.group_count > 0),
           op, ": groups and group_scalars must both be given");

@@ -154,6 +154,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     if (param.gradient_scale == nullptr) param.gradient_scale = own_scale++;
   }
   steps_ = Buffer(ctx_, count * sizeof(AdamwTensorStep));
+  scratch_ = Buffer(ctx_, sizeof(AdamwScratch));
   scalars_ = upload_sync<AdamwScalars>(ctx_, std::vector<AdamwScalars>(1));
   sums_ = Buffer(ctx_, static_cast<std::size_t>(total_segments_) * sizeof(float));
   zero_bytes(ctx_, sums_.data(), sums_.bytes());
@@ -240,6 +241,7 @@ AdamwArgs AdamW::args(const AdamWStep& step) const {
   args.group_scalars = group_scalars_.as<AdamwGroupScalars>();
   args.group_count = static_cast<std::int64_t>(groups_host_.size());
   args.steps = steps_.as<AdamwTensorStep>();
+  args.scratch = scratch_.as<AdamwScratch>();
   args.config = config_;
   args.lr = step.lr;
   args.lr_device = step.lr_device;

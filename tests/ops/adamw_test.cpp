@@ -31,6 +31,7 @@ class Tables {
         scales_(upload(ctx, std::vector<TensorScale>(5))),
         scalars_(ctx, sizeof(AdamwScalars)),
         steps_(ctx, sizeof(AdamwTensorStep)),
+        scratch_(ctx, sizeof(AdamwScratch)),
         groups_(upload<AdamwHyper>(ctx, {config.of()})),
         group_scalars_(ctx, sizeof(AdamwGroupScalars)),
         flag_(upload<std::uint32_t>(ctx, {0})) {
@@ -59,6 +60,7 @@ class Tables {
     args.group_scalars = static_cast<AdamwGroupScalars*>(group_scalars_.data());
     args.group_count = 1;
     args.steps = static_cast<AdamwTensorStep*>(steps_.data());
+    args.scratch = static_cast<AdamwScratch*>(scratch_.data());
     args.config = config;
     args.nonfinite = flag_.as<std::uint32_t>();
     args.total_segments = args.segment_count;
@@ -95,7 +97,8 @@ class Tables {
   std::uint32_t flag() const { return download_one<std::uint32_t>(ctx_, flag_.data()); }
   bool intact() const {
     return gradient_.intact() && master_.intact() && m_.intact() && v_.intact() &&
-           scalars_.intact() && steps_.intact() && group_scalars_.intact() && sums_->intact();
+           scalars_.intact() && steps_.intact() && scratch_.intact() && group_scalars_.intact() &&
+           sums_->intact();
   }
 
   AdamwArgs args;
@@ -105,7 +108,7 @@ class Tables {
   std::size_t count_;
   Guarded gradient_, master_, m_, v_;
   Buffer scales_;
-  Guarded scalars_, steps_;
+  Guarded scalars_, steps_, scratch_;
   Buffer groups_;
   Guarded group_scalars_;
   Buffer flag_;
@@ -348,6 +351,7 @@ TEST_CASE("arguments that do not fit are refused by name") {
     CHECK(missing(error_with([](AdamwArgs& a) { a.tensors = nullptr; }), {"tensors"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.scalars = nullptr; }), {"scalars"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.steps = nullptr; }), {"steps"}) == "");
+    CHECK(missing(error_with([](AdamwArgs& a) { a.scratch = nullptr; }), {"scratch"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.groups = nullptr; }), {"groups"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.group_count = 0; }), {"groups"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.group_scalars = nullptr; }), {"group_scalars"}) ==

@@ -135,6 +135,13 @@ struct alignas(16) AdamwTensorStep {
   std::uint32_t path = 0;  ///< a backend's own: which of its kernels' paths the tensor takes
 };
 
+/// What the blocks of a device's adamw_prepare tell one another. Scratch of the step.
+struct AdamwScratch {
+  static constexpr int kMaxBlocks = 64;
+  double sums[kMaxBlocks] = {};
+  std::int32_t skips[kMaxBlocks] = {};
+};
+
 struct AdamwArgs {
   const AdamwTensor* tensors = nullptr;  ///< [tensor_count], device memory
   std::int64_t tensor_count = 0;
@@ -146,6 +153,7 @@ struct AdamwArgs {
   std::int64_t group_count = 0;
   AdamwScalars* scalars = nullptr;   ///< device memory
   AdamwTensorStep* steps = nullptr;  ///< [tensor_count], device memory, written per step
+  AdamwScratch* scratch = nullptr;   ///< device memory, written per step
 
   /// Modes and seed; the groups hold the hyper-parameters.
   AdamWConfig config = {};

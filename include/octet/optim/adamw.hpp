@@ -117,7 +117,8 @@ class AdamW {
   /// Bytes of the tables, scalars and sums beside states and scales.
   std::size_t table_bytes() const {
     return tensors_.bytes() + segment_table_.bytes() + scalars_.bytes() + steps_.bytes() +
-           groups_.bytes() + group_scalars_.bytes() + sums_.bytes() + gradient_scales_.bytes();
+           scratch_.bytes() + groups_.bytes() + group_scalars_.bytes() + sums_.bytes() +
+           gradient_scales_.bytes();
   }
 
   /// States of parameter i (this rank's shard). The master of an f32 weight is the whole weight.
@@ -148,7 +149,8 @@ class AdamW {
   std::int64_t total_segments_ = 0;
   bool must_measure_ = false;  ///< some amax is not known before measure()
   bool measured_ = false;
-  Buffer tensors_, segment_table_, scalars_, steps_, groups_, group_scalars_, scales_, sums_;
+  Buffer tensors_, segment_table_, scalars_, steps_, scratch_, groups_, group_scalars_, scales_,
+      sums_;
   Buffer gradient_scales_;  ///< of gradients that came without one
 };
 

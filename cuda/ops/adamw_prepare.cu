@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// The first half of a step: what is decided before an element changes.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+
+#include "cuda/check.hpp"
+#include "cuda/device/dependent.cuh"
+#include "cuda/ops/adamw_rows.cuh"
+#include "cuda/ops/cuda_ops.hpp"
+#include "octet/ops/detail/adamw_math.hpp"
+
+namespace octet::detail::cuda {
+namespace {
+
+// Few tensors a block, because an access of a warp to 32 entries of a table takes 32 cycles of its
+// multiprocessor. The last warp computes the scalars while the others load.
+constexpr int kMaxBlocks = AdamwScratch::kMaxBlocks;
+constexpr int kTensorThreads = 64;
+constexpr int kWarp = 32;
+constexpr int kThreads = kTensorThreads + kWarp;
+static_assert(kMaxBlocks <= kThreads && kMaxBlocks <= kTensorThreads);
+/// Segments whose sums a thread adds up, before more blocks are taken.
+constexpr std::int64_t kSumsOfThread = 16;
+// Groups that a block keeps in shared memory; with more, every tensor computes its own.
+constexpr std::int64_t kSharedGroups = 256;
+
+/// The sum of a value of each of the tensor threads, in thread 0's place: a binary tree.
+__device__ void add_up(double (&values)[kTensorThreads]) {
+  for (unsigned stride = 1; stride < kTensorThreads; stride *= 2) {
+    __syncthreads();
+    if (threadIdx.x < kTensorThreads && threadIdx.x % (2 * stride) == 0) {
+      values[threadIdx.x] += values[threadIdx.x + stride];
+    }
+  }
+  __syncthreads();
+}
+
+/// The binary tree over all segments: every thread sums an aligned run of a power of two, then the
+/// runs are paired up, in the block and then over the blocks. The same tree as pairwise_sum over
+/// everything. All threads must call it.
+__device__ double sum_of_segments(const AdamwArgs& args) {
+  __shared__ double runs[kTensorThreads];
+  std::int64_t length = 1;
+  while (length * kTensorThreads * gridDim.x < args.total_segments) length *= 2;
+  const std::int64_t begin = (std::int64_t{blockIdx.x} * kTensorThreads + threadIdx.x) * length;
+  const std::int64_t left = args.total_segments - begin;
+  const std::int64_t count = left < 0 ? 0 : left < length ? left : length;
+  if (threadIdx.x < kTensorThreads) {
+    runs[threadIdx.x] = pairwise_sum(
+        count, [&](std::int64_t i) { return static_cast<double>(args.segment_sums[begin + i]); });
+  }
+  add_up(runs);
+  if (threadIdx.x == 0) args.scratch->sums[blockIdx.x] = runs[0];
+  cooperative_groups::this_grid().sync();
+  if (threadIdx.x < kTensorThreads) {
+    runs[threadIdx.x] = threadIdx.x < gridDim.x ? args.scratch->sums[threadIdx.x] : 0.0;
+  }
+  add_up(runs);
+  return runs[0];
+}
+
+/// Whether any thread of any block says so. All threads must call it.
+__device__ bool any_of_grid(AdamwScratch* scratch, bool mine) {
+  const int of_block = __syncthreads_or(mine ? 1 : 0);
+  if (threadIdx.x == 0) scratch->skips[blockIdx.x] = of_block;
+  cooperative_groups::this_grid().sync();
+  const bool of_another = threadIdx.x < gridDim.x && scratch->skips[threadIdx.x] != 0;
+  return __syncthreads_or(of_another ? 1 : 0) != 0;
+}
+
+// A table is read and written by one thread per entry: 16 bytes at a time, because every access of
+// a warp goes to as many lines as it has threads.
+template <class T>
+__device__ T load_entry(const T* from) {
+  static_assert(alignof(T) % 16 == 0);
+  struct alignas(16) Words {
+    uint4 word[sizeof(T) / 16];
+  } words;
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(T) / 16; ++i) {
+    words.word[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+  return bit_cast<T>(words);
+}
+template <class T>
+__device__ void store_entry(T* to, const T& entry) {
+  static_assert(alignof(T) % 16 == 0);
+  struct alignas(16) Words {
+    uint4 word[sizeof(T) / 16];
+  };
+  const Words words = bit_cast<Words>(entry);
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(T) / 16; ++i) {
+    reinterpret_cast<uint4*>(to)[i] = words.word[i];
+  }
+}
+
+/// What is known of a tensor before the step is decided.
+struct Prepared {
+  AdamwTensor tensor;
+  AdamwOldScales old;
+  AdamwGroupScalars group;
+  AdamwBounds bounds;
+};
+
+/// The scalars of the step.
+__device__ AdamwScalars begin_scalars(const AdamwArgs& args, double sum_squares) {
+  AdamwScalars s = *args.scalars;
+  s.lr = args.lr_device != nullptr ? *args.lr_device : args.lr;
+  measure_clip(s, args.max_norm, args.config.maximize, sum_squares);
+  return s;
+}
+
+/// The tensors of a thread are few, usually one: its first is prepared once and kept.
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ AdamwArgs args) {
+  __shared__ AdamwScalars s;
+  __shared__ bool scalars_forbid;
+  __shared__ alignas(16) char group_bytes[kSharedGroups * sizeof(AdamwGroupScalars)];
+  allow_next_kernel();
+  const double sum = args.max_norm > 0.0f ? sum_of_segments(args) : 0.0;
+
+  auto* groups = reinterpret_cast<AdamwGroupScalars*>(group_bytes);
+  const auto scalars_of_group = [&](std::int64_t g) {
+    return group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
+  };
+  const auto compute_groups = [&](std::int64_t begin, std::int64_t end, int stride) {
+    for (std::int64_t g = begin; g < end; g += stride) {
+      if (g >= kSharedGroups && blockIdx.x != 0) break;
+      const AdamwGroupScalars group = scalars_of_group(g);
+      if (g < kSharedGroups) groups[g] = group;
+      if (blockIdx.x == 0) args.group_scalars[g] = group;
+    }
+  };
+  const bool has_tensors = threadIdx.x < kTensorThreads;
+  const std::int64_t count = has_tensors ? args.tensor_count : 0;
+  const std::int64_t first = std::int64_t{blockIdx.x} * kTensorThreads + threadIdx.x;
+  const std::int64_t threads = std::int64_t{gridDim.x} * kTensorThreads;
+  Prepared p{};
+  const auto load = [&](std::int64_t t) {
+    p.tensor = load_entry(args.tensors + t);
+    p.old = old_scales_of(p.tensor);
+  };
+  if (has_tensors) {
+    if (first < count) load(first);
+  } else {
+    const int lane = static_cast<int>(threadIdx.x) - kTensorThreads;
+    if (lane == 0) {
+      s = begin_scalars(args, sum);
+      scalars_forbid = must_skip(s, args.nonfinite);
+    }
+    __syncwarp();
+    compute_groups(lane, args.group_count < kWarp ? args.group_count : kWarp, kWarp);
+  }
+  __syncthreads();
+  if (args.group_count > kWarp) {
+    compute_groups(kWarp + static_cast<int>(threadIdx.x), args.group_count, kThreads);
+    __syncthreads();
+  }
+
+  bool skip = scalars_forbid;
+  const auto prepare = [&] {
+    const std::int32_t g = p.tensor.group;
+    p.group = g < kSharedGroups ? groups[g] : scalars_of_group(g);
+    p.bounds = bounds_of(s, p.group, p.tensor.gradient_dtype, p.old);
+  };
+#pragma unroll 1
+  for (std::int64_t t = first; t < count; t += threads) {
+    if (t != first) load(t);
+    prepare();
+    skip = skip || !bounds_are_finite(p.bounds, p.group, p.tensor.formats);
+  }
+  skip = any_of_grid(args.scratch, skip);  // from here on no block needs the old scalars
+#pragma unroll 1
+  for (std::int64_t t = first; t < count; t += threads) {
+    if (count > threads) {
+      load(t);
+      prepare();
+    }
+    if (!skip) {
+      AdamwTensorStep step;
+      begin_tensor(s, p.group, p.tensor, p.old, p.bounds, step);
+      const bool may_be_special = args.config.stochastic_rounding;
+      step.path =
+          static_cast<std::uint32_t>(may_be_special ? path_of(p.tensor, step) : AdamwPath::general);
+      store_entry(args.steps + t, step);
+    }
+    end_gradient(p.tensor);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == kTensorThreads) {
+    AdamwScalars decided = s;  // others may still compute with the step's number
+    end_decision(decided, skip, args.nonfinite);
+    *args.scalars = decided;
+  }
+}
+
+}  // namespace
+
+void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
+  set_device(ctx);
+  const std::int64_t sums = args.max_norm > 0.0f ? args.total_segments : 0;
+  const std::int64_t wanted = std::max((args.tensor_count + kTensorThreads - 1) / kTensorThreads,
+                                       sums / (kTensorThreads * kSumsOfThread));
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = static_cast<unsigned>(std::clamp<std::int64_t>(wanted, 1, kMaxBlocks));
+  launch.blockDim = kThreads;
+  launch.stream = ctx.stream();
+  launch.attrs = &cooperative;
+  launch.numAttrs = 1;
+  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, prepare_kernel, args));
+}
+
+}  // namespace octet::detail::cuda
