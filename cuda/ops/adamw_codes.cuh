@@ -38,9 +38,9 @@ struct Place {
   int first, gap;
 };
 
-/// Whether the quads of a vector are taken from two places, so that every access of a warp is to
-/// consecutive bytes: 8 FP32 values are two accesses. Of narrower formats 8 consecutive elements
-/// are one.
+/// Whether the quads of a vector are taken from two places where the whole warp has vectors, so
+/// that every access of a warp is to consecutive bytes: 8 FP32 values are two accesses. Of narrower
+/// formats 8 consecutive elements are one.
 constexpr bool takes_quads(const StateFormats& f) {
   return f.master == StateFormat::f32 || f.m == StateFormat::f32 || f.v == StateFormat::f32;
 }

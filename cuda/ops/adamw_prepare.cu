@@ -19,9 +19,9 @@ constexpr int kMaxBlocks = AdamwScratch::kMaxBlocks;
 constexpr int kTensorThreads = 64;
 constexpr int kWarp = 32;
 constexpr int kThreads = kTensorThreads + kWarp;
-static_assert(kMaxBlocks <= kThreads && kMaxBlocks <= kTensorThreads);
-/// Segments whose sums a thread adds up, before more blocks are taken.
-constexpr std::int64_t kSumsOfThread = 16;
+static_assert(kMaxBlocks <= kTensorThreads);
+// A thread adds up at most 16 sums of segments, until the blocks run out.
+constexpr std::int64_t kSumsOfBlock = 16 * kTensorThreads;
 // Groups that a block keeps in shared memory; with more, every tensor computes its own.
 constexpr std::int64_t kSharedGroups = 256;
 
@@ -112,14 +112,14 @@ __device__ AdamwScalars begin_scalars(const AdamwArgs& args, double sum_squares)
   return s;
 }
 
-/// The tensors of a thread are few, usually one: its first is prepared once and kept.
+/// A thread usually has one tensor, prepared once and kept; with more all are prepared again after
+/// the decision.
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ AdamwArgs args) {
   __shared__ AdamwScalars s;
   __shared__ bool scalars_forbid;
   __shared__ alignas(16) char group_bytes[kSharedGroups * sizeof(AdamwGroupScalars)];
+  // The update starts when all blocks here run, so that it cannot keep one of them out.
   allow_next_kernel();
-  const double sum = args.max_norm > 0.0f ? sum_of_segments(args) : 0.0;
-
   auto* groups = reinterpret_cast<AdamwGroupScalars*>(group_bytes);
   const auto scalars_of_group = [&](std::int64_t g) {
     return group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
@@ -141,9 +141,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     p.tensor = load_entry(args.tensors + t);
     p.old = old_scales_of(p.tensor);
   };
-  if (has_tensors) {
-    if (first < count) load(first);
-  } else {
+  if (first < count) load(first);
+  const double sum = args.max_norm > 0.0f ? sum_of_segments(args) : 0.0;
+  if (!has_tensors) {
     const int lane = static_cast<int>(threadIdx.x) - kTensorThreads;
     if (lane == 0) {
       s = begin_scalars(args, sum);
@@ -200,12 +200,17 @@ void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
   set_device(ctx);
   const std::int64_t sums = args.max_norm > 0.0f ? args.total_segments : 0;
   const std::int64_t wanted = std::max((args.tensor_count + kTensorThreads - 1) / kTensorThreads,
-                                       sums / (kTensorThreads * kSumsOfThread));
+                                       (sums + kSumsOfBlock - 1) / kSumsOfBlock);
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = static_cast<unsigned>(std::clamp<std::int64_t>(wanted, 1, kMaxBlocks));
+  // All must run at once, and one always fits a multiprocessor.
+  int multiprocessors = 0;
+  OCTET_CUDA_CHECK(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, ctx.device().index));
+  launch.gridDim = static_cast<unsigned>(
+      std::clamp<std::int64_t>(wanted, 1, std::min(kMaxBlocks, multiprocessors)));
   launch.blockDim = kThreads;
   launch.stream = ctx.stream();
   launch.attrs = &cooperative;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Eight consecutive elements of the update in the registers of a thread, for formats known at
-// compile time: the formulas of adamw_element.hpp with wide accesses and hardware conversions. The
-// bits are the same.
+// Eight elements of the update in the registers of a thread, in a row or (where states are FP32) in
+// two runs of four, for formats known at compile time: the formulas of adamw_element.hpp with wide
+// accesses and hardware conversions. The bits are the same.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -55,7 +55,7 @@ __device__ void store_packed(char* data, int i, const Packed<Bytes>& p) {
   }
 }
 
-/// Four elements of a vector, from elements i of `data` on.
+/// Quad 0 or 1 of a vector, from element i of `data` on; no hint to evict.
 template <std::size_t Bytes>
 __device__ void load_quad(Packed<Bytes>& p, int quad, const char* data, int i) {
   const char* at = data + std::int64_t{i} * Bytes;

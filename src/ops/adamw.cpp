@@ -9,9 +9,9 @@ namespace {
 void check(const AdamwArgs& args, const char* op) {
   require(args.tensor_count >= 0 && args.segment_count >= 0, op, ": ", args.tensor_count,
           " tensors and ", args.segment_count, " segments; counts must not be negative");
-  require(args.tensor_count == 0 || (args.tensors != nullptr && args.scalars != nullptr &&
-                                     args.steps != nullptr && args.scratch != nullptr),
-          op, ": tensors, scalars, steps and scratch must all be given");
+  require(args.tensor_count == 0 ||
+              (args.tensors != nullptr && args.scalars != nullptr && args.steps != nullptr),
+          op, ": tensors, scalars and steps must all be given");
   require(args.tensor_count == 0 ||
               (args.groups != nullptr && args.group_scalars != nullptr && args.group_count > 0),
           op, ": groups and group_scalars must both be given");
@@ -47,6 +47,7 @@ void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums) {
 void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
   check(args, "adamw_prepare");
   require(args.scalars != nullptr, "adamw_prepare: the scalars are missing");
+  require(args.scratch != nullptr, "adamw_prepare: the scratch is missing");
   require(args.max_norm >= 0.0f, "adamw_prepare: max_norm is ", args.max_norm,
           "; it must be positive, or 0 for no clipping");
   require(args.max_norm == 0.0f || args.total_segments == 0 || args.segment_sums != nullptr,

@@ -146,14 +146,14 @@ void check_replay(Level level) {
   REQUIRE(first_difference(captured.state(), eager.state()) == "");
 }
 
-/// AdamW over matrices in several formats, the gradient of one of them without a known amax; a
-/// learning rate in device memory.
+/// AdamW over matrices in several formats, the gradient of one of them without a known amax, and
+/// over more vectors than a block of adamw_prepare takes; a learning rate in device memory.
 class Matrices {
  public:
   explicit Matrices(const Context& ctx)
       : model_(ctx, {.weight_decay = 0.1f, .seed = 3}, cases()), lr_(ctx, sizeof(float)) {
     for (int i = 0; i < kCount; ++i) {
-      model_.initialise(i, normal_values(kElements, static_cast<std::uint32_t>(i), 0.02f));
+      model_.initialise(i, normal_values(elements(i), static_cast<std::uint32_t>(i), 0.02f));
     }
   }
 
@@ -162,7 +162,7 @@ class Matrices {
     write_one(model_.context(), lr_.data(), kRates[step]);
     for (int i = 0; i < kCount; ++i) {
       const auto seed = static_cast<std::uint32_t>(100 * step) + static_cast<std::uint32_t>(i);
-      model_.set_gradient(i, normal_values(kElements, seed, 0.1f));
+      model_.set_gradient(i, normal_values(elements(i), seed, 0.1f));
     }
   }
 
@@ -175,22 +175,31 @@ class Matrices {
   const AdamwModel& model() const { return model_; }
 
  private:
-  static constexpr int kCount = 5;
-  static constexpr std::size_t kElements = 128 * 256;
+  static constexpr int kMatrices = 5;
+  static constexpr int kCount = kMatrices + 150;
+  static constexpr std::int64_t kVectorElements = 1000;
+
+  static std::size_t elements(int i) { return i < kMatrices ? 128 * 256 : kVectorElements; }
 
   static std::vector<ParamCase> cases() {
     StateFormats transposed = kO2, none = kO2;
     transposed.weight = WeightFormat::e4m3_and_transpose;
     none.weight = WeightFormat::none;
     const Shape shape = {128, 256};
-    return {{.shape = shape, .formats = kO2, .gradient = DType::e4m3},
-            {.shape = shape, .formats = transposed, .gradient = DType::e4m3},
-            {.shape = shape,
-             .formats = kSmall,
-             .gradient = DType::e4m3,
-             .amax = GradientAmax::measured},
-            {.shape = shape, .formats = none, .gradient = DType::bf16},
-            {.shape = shape, .formats = kO2, .gradient = DType::f32}};
+    std::vector<ParamCase> list = {{.shape = shape, .formats = kO2, .gradient = DType::e4m3},
+                                   {.shape = shape, .formats = transposed, .gradient = DType::e4m3},
+                                   {.shape = shape,
+                                    .formats = kSmall,
+                                    .gradient = DType::e4m3,
+                                    .amax = GradientAmax::measured},
+                                   {.shape = shape, .formats = none, .gradient = DType::bf16},
+                                   {.shape = shape, .formats = kO2, .gradient = DType::f32}};
+    const ParamCase rows[] = {
+        {.shape = {kVectorElements}, .formats = kO0, .gradient = DType::bf16},
+        {.shape = {kVectorElements}, .formats = kO1, .gradient = DType::e4m3},
+        {.shape = {kVectorElements}, .formats = kO2, .gradient = DType::e4m3}};
+    while (list.size() < kCount) list.push_back(rows[list.size() % 3]);
+    return list;
   }
 
   AdamwModel model_;

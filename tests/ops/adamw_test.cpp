@@ -6,6 +6,7 @@
 #include <limits>
 #include <optional>
 
+#include "octet/ops/detail/adamw_math.hpp"
 #include "support/adamw_reference.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
@@ -241,7 +242,9 @@ TEST_CASE("sums of squares, segment by segment, of every size") {
 
 TEST_CASE("norm and clip factor from the sums of all segments") {
   for (const Context& ctx : test_contexts()) {
-    for (std::size_t count : {std::size_t{1}, std::size_t{2}, std::size_t{3}, std::size_t{1000}}) {
+    // 1,024 segments a block, 64 blocks at most.
+    for (std::size_t count :
+         std::initializer_list<std::size_t>{1, 2, 3, 1000, 1025, 3073, 5119, 66560, 200000}) {
       Tables tables(ctx, {}, {3});
       tables.set_gradient({1.0f, 1.0f, 1.0f});
       std::vector<float> sums(count);
@@ -254,12 +257,16 @@ TEST_CASE("norm and clip factor from the sums of all segments") {
       tables.args.segment_sums = all.as<float>();
       tables.args.total_segments = static_cast<std::int64_t>(count);
       const double norm = std::sqrt(squares);
+      const double tree = detail::pairwise_sum(tables.args.total_segments, [&](std::int64_t i) {
+        return static_cast<double>(sums[static_cast<std::size_t>(i)]);
+      });
       for (double part : {0.5, 0.999, 1.001, 4.0}) {
         tables.args.max_norm = static_cast<float>(part * norm);
         adamw_prepare(ctx, tables.args);
         const AdamwScalars s = tables.scalars();
         INFO(to_string(ctx.device()) << ", " << count << " segments, limit " << part << " norms");
         CHECK(std::abs(s.sum_squares / squares - 1) < 1e-12);
+        CHECK(s.sum_squares == tree);
         CHECK(near(s.norm, norm, 1e-7));
         if (part < 1) {
           CHECK(near(s.clip, static_cast<double>(tables.args.max_norm) / norm, 1e-7));
@@ -268,6 +275,24 @@ TEST_CASE("norm and clip factor from the sums of all segments") {
         }
       }
     }
+  }
+}
+
+TEST_CASE("a step without tensors counts") {
+  for (const Context& ctx : test_contexts()) {
+    Tables tables(ctx, {}, {3});
+    tables.args.tensor_count = 0;
+    tables.args.segment_count = 0;
+    tables.step();
+    tables.args.max_norm = 0.5f;
+    for (std::int64_t segments : {0, 1, 3000}) {
+      const Buffer sums = upload(ctx, std::vector<float>(static_cast<std::size_t>(segments), 1.0f));
+      tables.args.segment_sums = sums.as<float>();
+      tables.args.total_segments = segments;
+      tables.step();
+      CHECK(tables.scalars().sum_squares == static_cast<double>(segments));
+    }
+    CHECK(tables.scalars().step == 4);
   }
 }
 

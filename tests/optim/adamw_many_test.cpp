@@ -9,6 +9,7 @@
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
+#include "support/ranks.hpp"
 
 namespace octet::test {
 namespace {
@@ -180,6 +181,26 @@ TEST_CASE("5,000 tensors have the bits of two optimizers that share them") {
     const auto second = bytes_after(ctx, kCut, kTensors);
     parts.insert(parts.end(), second.begin(), second.end());
     CHECK(first_difference(bytes_after(ctx, 0, kTensors), parts) == "");
+  }
+}
+
+TEST_CASE("ranks that share a device step at the same time") {
+  constexpr int kRanks = 4, kCount = 500;
+  for (DeviceType device : rank_devices()) {
+    std::vector<std::vector<std::uint8_t>> bytes(kRanks);
+    run_ranks(
+        kRanks,
+        [&](Communicator& comm) {
+          Part part(comm.context(), {.seed = 3}, 0, kCount);
+          for (int t = 1; t <= 20; ++t) {
+            part.set_gradients(t);
+            take_step(part.model(), 0.5f);
+          }
+          bytes[static_cast<std::size_t>(comm.rank())] = part.model().all_bytes();
+        },
+        device);
+    for (const auto& of_rank : bytes) CHECK(first_difference(of_rank, bytes[0]) == "");
+    CHECK(!bytes[0].empty());
   }
 }
 

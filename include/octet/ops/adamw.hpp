@@ -135,7 +135,8 @@ struct alignas(16) AdamwTensorStep {
   std::uint32_t path = 0;  ///< a backend's own: which of its kernels' paths the tensor takes
 };
 
-/// What the blocks of a device's adamw_prepare tell one another. Scratch of the step.
+/// What the blocks of a device's adamw_prepare tell one another; the CPU does not use it. Need not
+/// be set before. Steps that may overlap must not share it.
 struct AdamwScratch {
   static constexpr int kMaxBlocks = 64;
   double sums[kMaxBlocks] = {};
@@ -184,7 +185,8 @@ void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 /// tensors' scales, their amax is set to 0. A skipped step changes no state, weight, scale or step
 /// count, only `skipped` and the scalars that say why. Either way `nonfinite` and the amax of
 /// gradients with measure_amax are set to 0 for the next step.
-/// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA.
+/// Stream-ordered, one launch (on CUDA a cooperative one of at most 64 blocks). Deterministic;
+/// equal bits on CPU and CUDA.
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 
 /// Second half: the update of numerics section 3 over all segments in one pass; writes m, v,
