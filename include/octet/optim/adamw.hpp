@@ -67,12 +67,15 @@ struct StateView {
 /// AdamW over a list of parameters: owns m, v and (unless FP32 master and weight are one) the
 /// master, their scales, the step count and the tables. One pass over the memory, everything
 /// decided on the device (numerics section 3).
-/// On CUDA the formats of the levels and small_formats() are fast (docs/performance.md) with
-/// stochastic rounding, decoupled weight decay and buffers aligned to 16 bytes; everything else
-/// takes a general path, several times slower, with the same bits.
-/// Memory is taken in the constructor; measure() and step() allocate nothing, do not synchronise
-/// and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same reduced
-/// gradient, for every sharding.
+/// On CUDA these are fast (docs/performance.md): the formats of O1, O2 and small_formats() with
+/// E4M3 gradients, O2's with FP32 gradients too (a sharded optimizer), O0's with BF16 gradients,
+/// O2's with a transposed weight of rows % 8 == 0 and at most 2^23 columns; all with stochastic
+/// rounding, decoupled weight decay, buffers aligned to 16 bytes and scales far from the ends of
+/// FP32's range. Everything else takes a general path with the same bits in 2.4 to 6.6 times the
+/// time: so O0, O1 and small_formats() in a sharded optimizer, whose gradients are FP32, and FP32
+/// weights. Memory is taken in the constructor; measure() and step() allocate nothing, do not
+/// synchronise and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same
+/// reduced gradient, for every sharding.
 class AdamW {
  public:
   /// Throws octet::Error naming the parameter and the field for formats that do not exist, views
