@@ -240,8 +240,11 @@ int run(const Options& options) {
   octet::require(options.scale == "full" || options.scale == "small", "--scale ", options.scale,
                  ": must be full or small");
   octet::require(options.repeats >= 1, "--repeats ", options.repeats, ": must be at least 1");
-  octet::require(options.torch_ms >= 0.0, "--torch-ms ", options.torch_ms, ": must be positive");
+  octet::require(options.torch_ms >= 0.0, "--torch-ms ", options.torch_ms,
+                 ": must not be negative");
   const std::vector<Case> cases = select_cases(options.cases);
+  octet::require(options.torch_ms == 0.0 || cases.front().name == kReference, "--torch-ms ",
+                 options.torch_ms, ": the ratio wants the case ", kReference, " too");
   octet::require(octet::cuda_device_count() > 0, "there is no CUDA device that this build can use");
   const Stream stream;
   const octet::Context ctx = octet::Context::cuda(0, stream.get());

@@ -173,7 +173,6 @@ void Engine::Impl::allocate_optimizer() {
                  ctx.memory_use().current - before);
       a.gradient = p.shard.view();
       a.gradient_is_shard = true;
-      a.whole = false;
       a.pieces = p.pieces;
     }
     list.push_back(std::move(a));

@@ -17,6 +17,7 @@ void check(const AdamwArgs& args, const char* op) {
           op, ": groups and group_scalars must both be given");
   require(args.segment_count == 0 || args.segments != nullptr, op,
           ": the segment table is missing");
+  require(!args.config.amsgrad, op, ": amsgrad is true; it must be false");
 }
 
 }  // namespace
@@ -53,7 +54,7 @@ void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
   require(args.max_norm == 0.0f || args.total_segments == 0 || args.segment_sums != nullptr,
           "adamw_prepare: max_norm is ", args.max_norm, " but segment_sums is missing");
   require(args.lr_device != nullptr || args.lr >= 0.0f, "adamw_prepare: lr is ", args.lr,
-          "; it must not be negative");
+          "; it must be 0 or more");
   detail::backend_of(ctx).adamw_prepare(ctx, args);
 }
 

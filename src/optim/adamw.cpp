@@ -61,7 +61,8 @@ void check_weight(const std::string& what, const AdamWParam& param) {
           ": the transposed weight has a null pointer");
 }
 
-void check_gradient(const std::string& what, const AdamWParam& param, std::int64_t owned) {
+void check_gradient(const std::string& what, const AdamWParam& param, bool whole,
+                    std::int64_t owned) {
   check_gradient_format(what, param.gradient.dtype);
   const std::int64_t expected = param.gradient_is_shard ? owned : param.shape.numel();
   require(param.gradient.numel() == expected, what, ": the gradient has ", param.gradient.numel(),
@@ -70,8 +71,9 @@ void check_gradient(const std::string& what, const AdamWParam& param, std::int64
           ": the gradient is ", param.gradient.shape, "; it must be ", param.shape);
   require(!param.gradient.empty() || expected == 0, what, ": the gradient has a null pointer");
   require(param.gradient_scale != nullptr || !is_fp8(param.gradient.dtype), what,
-          ": the gradient is ", name_of(param.gradient.dtype), " and has no scale");
-  require(param.gradient_scale != nullptr || param.whole, what,
+          ": the gradient is ", name_of(param.gradient.dtype),
+          " and has no scale; only f32 and bf16 may be without");
+  require(param.gradient_scale != nullptr || whole, what,
           ": the gradient has no scale and not all of it is updated here; all ranks must know the "
           "amax of all of it, so give a scale and share what measure() finds");
 }
@@ -129,9 +131,10 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     const AdamwHyper hyper = config_.of(param.group);
     check_hyper(what, hyper);
     check_formats(what, param.formats, hyper);
-    if (param.whole) param.pieces = {{0, 0, param.shape.numel()}};
-    for (Piece& piece : param.pieces) piece.tensor = static_cast<std::int32_t>(i);
-    check_gradient(what, param, numel_of(param.pieces));
+    const bool whole = !param.pieces.has_value();
+    if (whole) param.pieces = std::vector<Piece>{{0, 0, param.shape.numel()}};
+    for (Piece& piece : *param.pieces) piece.tensor = static_cast<std::int32_t>(i);
+    check_gradient(what, param, whole, numel_of(*param.pieces));
     check_weight(what, param);
     check_device(what, "gradient", param.gradient, ctx_.device());
     check_device(what, "weight", param.weight, ctx_.device());
@@ -139,7 +142,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     param.measure_amax = param.measure_amax || param.gradient_scale == nullptr;
     must_measure_ = must_measure_ || param.measure_amax;
     shapes.push_back(param.shape);
-    owned.insert(owned.end(), param.pieces.begin(), param.pieces.end());
+    owned.insert(owned.end(), param.pieces->begin(), param.pieces->end());
     total_segments_ += segment_count(param.shape);
   }
   segments_ = segments_of(shapes, owned);
@@ -188,7 +191,7 @@ std::int32_t AdamW::group_index(const AdamwHyper& hyper) {
 AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   const AdamWParam& param = params_[static_cast<std::size_t>(i)];
   const StateFormats& f = param.formats;
-  const std::int64_t owned = numel_of(param.pieces);
+  const std::int64_t owned = numel_of(*param.pieces);
   const bool own_master = f.weight != WeightFormat::f32;
   bytes_.push_back({.master = grow(master_, f.master, own_master ? owned : 0),
                     .m = grow(m_, f.m, owned),
@@ -226,8 +229,8 @@ void AdamW::initialise(int i, const TensorView& values) {
           "shape ", to_string(values.shape), "; it must be ", to_string(param.shape));
   adamw_initialise(ctx_, {.tensor = tensors_host_[static_cast<std::size_t>(i)],
                           .values = values,
-                          .pieces = param.pieces.data(),
-                          .piece_count = static_cast<std::int64_t>(param.pieces.size())});
+                          .pieces = param.pieces->data(),
+                          .piece_count = static_cast<std::int64_t>(param.pieces->size())});
 }
 
 AdamwArgs AdamW::args(const AdamWStep& step) const {
@@ -274,7 +277,17 @@ TensorScale* AdamW::scale(Slot slot, int i) const {
 
 void AdamW::check_index(int i) const {
   require(i >= 0 && static_cast<std::size_t>(i) < params_.size(), "AdamW: parameter ", i,
-          " is asked for; there are ", params_.size());
+          " is asked for; there are ", params_.size(), ", counted from 0");
+}
+
+TensorScale* AdamW::weight_scale(int i) const {
+  check_index(i);
+  return scale(kWeight, i);
+}
+
+AdamW::StateBytes AdamW::state_bytes(int i) const {
+  check_index(i);
+  return bytes_[static_cast<std::size_t>(i)];
 }
 
 const AdamwGroupScalars* AdamW::group_scalars(int i) const {
@@ -285,14 +298,14 @@ const AdamwGroupScalars* AdamW::group_scalars(int i) const {
 StateView AdamW::m(int i) const {
   check_index(i);
   const AdamwTensor& t = tensors_host_[static_cast<std::size_t>(i)];
-  return {t.formats.m, numel_of(params_[static_cast<std::size_t>(i)].pieces), t.m, t.m_blocks,
+  return {t.formats.m, numel_of(*params_[static_cast<std::size_t>(i)].pieces), t.m, t.m_blocks,
           t.m_scale};
 }
 
 StateView AdamW::v(int i) const {
   check_index(i);
   const AdamwTensor& t = tensors_host_[static_cast<std::size_t>(i)];
-  return {t.formats.v, numel_of(params_[static_cast<std::size_t>(i)].pieces), t.v, t.v_blocks,
+  return {t.formats.v, numel_of(*params_[static_cast<std::size_t>(i)].pieces), t.v, t.v_blocks,
           t.v_scale};
 }
 
@@ -300,7 +313,7 @@ StateView AdamW::master(int i) const {
   check_index(i);
   const AdamWParam& param = params_[static_cast<std::size_t>(i)];
   const AdamwTensor& t = tensors_host_[static_cast<std::size_t>(i)];
-  return {t.formats.master, t.master_is_shard ? numel_of(param.pieces) : param.shape.numel(),
+  return {t.formats.master, t.master_is_shard ? numel_of(*param.pieces) : param.shape.numel(),
           t.master, nullptr, t.master_scale};
 }
 

@@ -390,6 +390,8 @@ TEST_CASE("arguments that do not fit are refused by name") {
                   }),
                   {"segment_sums"}) == "");
     CHECK(missing(error_with([](AdamwArgs& a) { a.lr = -1.0f; }), {"lr", "-1"}) == "");
+    CHECK(missing(error_with([](AdamwArgs& a) { a.lr = NAN; }), {"lr", "nan"}) == "");
+    CHECK(missing(error_with([](AdamwArgs& a) { a.config.amsgrad = true; }), {"amsgrad"}) == "");
     CHECK(error_of([&] { adamw_measure(ctx, good, nullptr); }) != "no error");
     CHECK(tables.scalars().step == 0);
     CHECK(error_with([](AdamwArgs&) {}) == "no error");

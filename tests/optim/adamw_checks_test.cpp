@@ -118,6 +118,9 @@ TEST_CASE("views that do not fit a parameter are refused by name") {
   AdamW optimizer(ctx, {}, {good});
   CHECK(missing(error_of([&] { optimizer.initialise(0, wrong); }), {"layer", "[4, 5]"}) == "");
   CHECK(error_of([&] { optimizer.initialise(1, weight); }) != "no error");
+  CHECK(missing(error_of([&] { optimizer.weight_scale(1); }), {"parameter 1", "there are 1"}) ==
+        "");
+  CHECK(missing(error_of([&] { optimizer.state_bytes(-1); }), {"parameter -1"}) == "");
 }
 
 TEST_CASE("weights that do not fit their format are refused by name") {

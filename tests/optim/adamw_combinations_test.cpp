@@ -15,7 +15,7 @@ namespace octet::test {
 namespace {
 
 constexpr int kSteps = 2;
-constexpr std::int64_t kSizes[] = {1, 127, 128, 129, 16383, 20011};
+constexpr std::int64_t kSizes[] = {0, 1, 127, 128, 129, 16383, 20011};
 
 struct Combination {
   StateFormats formats;

@@ -77,8 +77,7 @@ class Vector {
     param.name = "vector";
     param.shape = shape_;
     param.formats = formats;
-    param.whole = whole;
-    param.pieces = pieces_;
+    if (!whole) param.pieces = pieces_;
     param.gradient_is_shard = !whole;
     std::int64_t owned = whole ? count : 0;
     for (const Piece& piece : pieces_) owned += piece.count;

@@ -118,14 +118,16 @@ TEST_CASE("many steps stay near the double-precision run") {
     double tolerance;  ///< of the displacement, relative in the 2-norm
   };
   // FP32 rounding; bf16 and E4M3 gradients are decoded before the comparison, so what remains is
-  // the rounding of the states: 2^-11 steps of master and v, 2^-4 steps of m and of the root of v,
-  // averaged.
+  // the rounding of the states: 2^-11 steps of master and v, 2^-8 of bf16, 2^-4 steps of m and of
+  // the root of v, averaged.
   using S = StateFormat;
   const StateFormats root = {WeightFormat::e4m3, S::f32, S::f32, S::sqrt_e4m3_block};
   const Row rows[] = {{kPlain, DType::f32, 2e-6},
                       {kPlain, DType::e4m3, 2e-6},
                       {kO0, DType::bf16, 2e-6},
                       {{.weight = WeightFormat::bf16, .v = S::f16}, DType::f32, 4e-4},
+                      {{.weight = WeightFormat::bf16, .m = S::bf16}, DType::f32, 0.003},
+                      {{.weight = WeightFormat::bf16, .v = S::bf16}, DType::f32, 0.003},
                       {{.weight = WeightFormat::bf16, .m = S::e4m3}, DType::f32, 0.05},
                       {{.weight = WeightFormat::none, .m = S::e4m3_block}, DType::f32, 0.05},
                       {root, DType::f32, 0.07},

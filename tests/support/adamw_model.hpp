@@ -59,8 +59,7 @@ class AdamwModel {
       param.weight = weights_.back().view();
       param.weight_transposed = transposed_.back().view();
       param.group = what.group.value_or(AdamWGroup{.weight_decay = what.weight_decay});
-      param.whole = !what.pieces.has_value();
-      if (what.pieces) param.pieces = *what.pieces;
+      param.pieces = what.pieces;
       params.push_back(param);
     }
     optimizer_ = std::make_unique<AdamW>(ctx, config, std::move(params));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,17 +42,19 @@ struct AdamWParam {
   /// step writes what belongs to this rank's pieces.
   TensorView weight_transposed = {};
   /// Pieces of this parameter that this rank updates, unions of whole panels; Piece::tensor is
-  /// ignored. `whole` updates everything.
-  std::vector<Piece> pieces = {};
-  bool whole = true;
+  /// ignored. Not set: all of it.
+  std::optional<std::vector<Piece>> pieces = {};
   /// Hyper-parameters that differ from the configuration's.
   AdamWGroup group = {};
 };
 
 struct AdamWStep {
-  float lr = 0.0f;
-  const float* lr_device = nullptr;  ///< read instead of lr when set
-  float max_norm = 0.0f;             ///< 0: no clipping
+  float lr = 0.0f;  ///< 0 or more; a captured graph keeps it
+  /// Device memory, read by the step instead of lr when set; if it is not finite the step is
+  /// skipped. Its sign is not checked.
+  const float* lr_device = nullptr;
+  float max_norm = 0.0f;  ///< 0: no clipping
+  /// Device word: not 0 skips the step. Set back to 0 by it.
   std::uint32_t* nonfinite = nullptr;
 };
 
@@ -73,7 +76,9 @@ struct StateView {
 /// rounding, decoupled weight decay, buffers aligned to 16 bytes and scales far from the ends of
 /// FP32's range. Everything else takes a general path with the same bits in 2.4 to 6.6 times the
 /// time: so O0, O1 and small_formats() in a sharded optimizer, whose gradients are FP32, and FP32
-/// weights. Memory is taken in the constructor; measure() and step() allocate nothing, do not
+/// weights.
+///
+/// Memory is taken in the constructor; measure() and step() allocate nothing, do not
 /// synchronise and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same
 /// reduced gradient, for every sharding.
 class AdamW {
@@ -102,10 +107,12 @@ class AdamW {
   /// not known.
   void step(const AdamWStep& step);
 
+  /// Step count, norm, clip factor and decision as of the last step, in device memory.
   const AdamwScalars* scalars() const { return scalars_.as<AdamwScalars>(); }
   /// Scalars of the group of parameter i, in device memory, as of the last step.
   const AdamwGroupScalars* group_scalars(int i) const;
-  TensorScale* weight_scale(int i) const { return scale(kWeight, i); }
+  /// Scale of the compute weight of parameter i, in device memory, as of the last step.
+  TensorScale* weight_scale(int i) const;
   /// All scales one after the other ([4 * parameters]: weight, master, m, v): sharded callers take
   /// the maximum of their amax over the ranks after a step.
   TensorScale* scales() const { return scales_.as<TensorScale>(); }
@@ -115,7 +122,7 @@ class AdamW {
   struct StateBytes {
     std::size_t master = 0, m = 0, v = 0;
   };
-  StateBytes state_bytes(int i) const { return bytes_.at(static_cast<std::size_t>(i)); }
+  StateBytes state_bytes(int i) const;
 
   /// Bytes of the tables, scalars and sums beside states and scales.
   std::size_t table_bytes() const {
