@@ -35,18 +35,30 @@ const char* const kFasterThanReference = "blocks and split";
 
 std::vector<Case> all_cases() {
   const octet::Formats o2 = octet::formats_of(octet::Level::O2);
-  octet::Formats transpose = o2, shard = o2;
+  octet::Formats transpose = o2;
   transpose.state.weight = octet::WeightFormat::e4m3_and_transpose;
-  shard.gradient = DType::f32;
+  const auto shard = [](octet::Formats formats) {
+    formats.gradient = DType::f32;
+    return formats;
+  };
   return {{.name = kReference, .formats = o2, .target = 0.90},
           {.name = "O2 with transpose", .formats = transpose, .target = 0.85},
           {.name = kFasterThanReference, .formats = octet::small_formats(), .target = 0.75},
           {.name = "O1", .formats = octet::formats_of(octet::Level::O1), .target = 0.90},
           {.name = "O0", .formats = octet::formats_of(octet::Level::O0), .target = 0.92},
-          {.name = "O3 shard", .formats = shard, .gradient_is_shard = true},
-          // Without a path of their own.
-          {.name = "O2 to nearest", .formats = o2, .config = {.stochastic_rounding = false}},
           {.name = "all FP32", .formats = {}},
+          {.name = "O3 shard", .formats = shard(o2), .gradient_is_shard = true},
+          {.name = "blocks and split shard",
+           .formats = shard(octet::small_formats()),
+           .gradient_is_shard = true},
+          {.name = "O1 shard",
+           .formats = shard(octet::formats_of(octet::Level::O1)),
+           .gradient_is_shard = true},
+          {.name = "O0 shard",
+           .formats = shard(octet::formats_of(octet::Level::O0)),
+           .gradient_is_shard = true},
+          // The general code.
+          {.name = "O2 to nearest", .formats = o2, .config = {.stochastic_rounding = false}},
           {.name = "norm", .formats = o2, .work = Work::norm},
           {.name = "small", .formats = o2, .work = Work::replay, .target = 25.0},
           {.name = "small with clipping", .formats = o2, .work = Work::clipped_replay}};
@@ -171,12 +183,30 @@ struct Options {
   std::string scale = "full", json;
   std::vector<std::string> cases;
   int repeats = 15;
-  double torch_ms = 0.0;
+  std::string torch;
 };
+
+/// What torch_adamw.py printed.
+struct TorchResult {
+  double ms = 0.0;
+  std::string version;
+  std::int64_t parameters = 0;
+};
+
+std::optional<TorchResult> read_torch(const std::string& path) {
+  if (path.empty()) return std::nullopt;
+  std::ifstream file(path);
+  const auto json = nlohmann::json::parse(file, nullptr, false);
+  octet::require(json.is_object() && json.contains("ms") && json.contains("torch") &&
+                     json.contains("parameters"),
+                 "--torch ", path, ": must be what torch_adamw.py printed");
+  return TorchResult{json["ms"], json["torch"], json["parameters"]};
+}
 
 /// The rows of the cases and of the copy, and those that compare two times.
 std::vector<Result> measure(const octet::Context& ctx, const Options& options,
-                            const std::vector<Case>& cases, const std::vector<Shape>& shapes,
+                            const std::optional<TorchResult>& torch, const std::vector<Case>& cases,
+                            const std::vector<Shape>& shapes,
                             const std::vector<Shape>& small_shapes) {
   std::vector<double> copies = measure_copy(ctx, options.repeats);
   std::vector<Result> results;
@@ -208,13 +238,13 @@ std::vector<Result> measure(const octet::Context& ctx, const Options& options,
     if (r.metric == "rate over that of a copy") r.value = r.rate() / copy.rate();
   }
   results.push_back(copy);
-  if (options.torch_ms > 0.0 && reference_ms) {
+  if (torch && reference_ms) {
     results.push_back({.name = "torch fused AdamW FP32",
                        .metric = "time over that of octet O2",
                        .unit = "1",
-                       .value = options.torch_ms / *reference_ms,
+                       .value = torch->ms / *reference_ms,
                        .target = kTorchTarget,
-                       .median_ms = options.torch_ms,
+                       .median_ms = torch->ms,
                        .spread = {},
                        .bytes = {}});
   }
@@ -222,14 +252,19 @@ std::vector<Result> measure(const octet::Context& ctx, const Options& options,
 }
 
 void write_json(const Options& options, const std::string& device, std::int64_t parameters,
-                const std::vector<Result>& results) {
+                const std::optional<TorchResult>& torch, const std::vector<Result>& results) {
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();
   for (const Result& r : results) rows.push_back(json_row(r));
   const nlohmann::ordered_json document{
-      {"benchmark", "optim_bench"},       {"device", device},
-      {"parameters", parameters},         {"scale", options.scale},
-      {"repeats", options.repeats},       {"commit", octet::build_info::kCommit},
-      {"cuda", octet::build_info::kCuda}, {"rows", rows}};
+      {"benchmark", "optim_bench"},
+      {"device", device},
+      {"parameters", parameters},
+      {"scale", options.scale},
+      {"repeats", options.repeats},
+      {"commit", octet::build_info::kCommit},
+      {"cuda", octet::build_info::kCuda},
+      {"torch", torch ? nlohmann::ordered_json(torch->version) : nlohmann::ordered_json()},
+      {"rows", rows}};
   std::ofstream file(options.json);
   file << document.dump(2) << '\n';
   file.close();
@@ -240,20 +275,21 @@ int run(const Options& options) {
   octet::require(options.scale == "full" || options.scale == "small", "--scale ", options.scale,
                  ": must be full or small");
   octet::require(options.repeats >= 1, "--repeats ", options.repeats, ": must be at least 1");
-  octet::require(options.torch_ms >= 0.0, "--torch-ms ", options.torch_ms,
-                 ": must not be negative");
   const std::vector<Case> cases = select_cases(options.cases);
-  octet::require(options.torch_ms == 0.0 || cases.front().name == kReference, "--torch-ms ",
-                 options.torch_ms, ": the ratio wants the case ", kReference, " too");
+  const std::vector<Shape> shapes = gpt_shapes(options.scale == "full" ? 24 : 3);
+  const std::optional<TorchResult> torch = read_torch(options.torch);
+  octet::require(!torch || cases.front().name == kReference, "--torch ", options.torch,
+                 ": the ratio wants the case ", kReference, " too");
+  octet::require(!torch || torch->parameters == numel_of(shapes), "--torch ", options.torch, ": ",
+                 torch ? torch->parameters : 0, " parameters; must be ", numel_of(shapes));
   octet::require(octet::cuda_device_count() > 0, "there is no CUDA device that this build can use");
   const Stream stream;
   const octet::Context ctx = octet::Context::cuda(0, stream.get());
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
 
-  const std::vector<Shape> shapes = gpt_shapes(options.scale == "full" ? 24 : 3);
   const std::vector<Shape> small_shapes(4000, Shape{1000});
-  const std::vector<Result> results = measure(ctx, options, cases, shapes, small_shapes);
+  const std::vector<Result> results = measure(ctx, options, torch, cases, shapes, small_shapes);
   std::printf("%s, %zu tensors of %lld parameters in total; small: %zu of %lld.\n\n",
               properties.name, shapes.size(), static_cast<long long>(numel_of(shapes)),
               small_shapes.size(), static_cast<long long>(numel_of(small_shapes)));
@@ -261,7 +297,7 @@ int run(const Options& options) {
       "| case | bytes/parameter | ms | spread | TB/s | metric | value | target | met |\n"
       "|---|---|---|---|---|---|---|---|---|");
   for (const Result& r : results) std::puts(table_row(r).c_str());
-  if (!options.json.empty()) write_json(options, properties.name, numel_of(shapes), results);
+  if (!options.json.empty()) write_json(options, properties.name, numel_of(shapes), torch, results);
   return 0;
 }
 
@@ -276,7 +312,8 @@ int main(int argc, char** argv) {
       ->allow_extra_args(false);
   app.add_option("--repeats", options.repeats, "Timed runs of each case (default: 15)");
   app.add_option("--json", options.json, "Write the results to this file");
-  app.add_option("--torch-ms", options.torch_ms, "What torch_adamw.py measured, for the ratio");
+  app.add_option("--torch", options.torch,
+                 "File with what torch_adamw.py printed, for the ratio of the times");
   try {
     app.parse(argc, argv);
     return bench::run(options);

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times torch.optim.AdamW(fused=True) in FP32 on the parameters of optim_bench.
 
-Prints one line of JSON; its "ms" is what `optim_bench --torch-ms` takes. Exit code 2 where there is
+Prints one line of JSON; `optim_bench --torch FILE` reads it. Exit code 2 where there is
 no PyTorch or no GPU.
 """
 import argparse

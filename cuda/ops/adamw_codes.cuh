@@ -2,36 +2,10 @@
 // A vector of eight elements through a step: loaded, updated, rounded, stored.
 #pragma once
 
-#include "cuda/ops/adamw_rows.cuh"
 #include "cuda/ops/adamw_vector.cuh"
+#include "cuda/ops/adamw_work.cuh"
 
 namespace octet::detail::cuda {
-
-/// The first elements of a segment in the buffers of its tensor.
-struct Streams {
-  char *gradient, *master, *m, *v, *weight;
-  float *m_blocks, *v_blocks;
-};
-
-/// What the threads of a block share.
-struct Work {
-  AdamwTensor tensor;
-  AdamwTensorStep step;
-  Streams streams;
-};
-
-__device__ inline Streams streams_of(const AdamwTensor& t, const AdamwOffsets& at) {
-  const auto start = [](const void* data, std::int64_t i, std::size_t bytes) {
-    return static_cast<char*>(const_cast<void*>(data)) + i * static_cast<std::int64_t>(bytes);
-  };
-  return {start(t.gradient, at.gradient, size_of(t.gradient_dtype)),
-          start(t.master, at.master, size_of(t.formats.master)),
-          start(t.m, at.state, size_of(t.formats.m)),
-          start(t.v, at.state, size_of(t.formats.v)),
-          start(t.weight, at.weight, size_of(dtype_of(t.formats.weight))),
-          t.m_blocks + at.state / kStateBlock,
-          t.v_blocks + at.state / kStateBlock};
-}
 
 /// Where the elements of a vector are: four from `first` on and four from first + gap on.
 struct Place {
@@ -82,7 +56,7 @@ struct Codes {
     store_codes(to.master, place, master);
     store_codes(to.m, place, m);
     store_codes(to.v, place, v);
-    store_codes(to.weight, place, weight);
+    if constexpr (has_weight(R.formats)) store_codes(to.weight, place, weight);
   }
 
  private:
@@ -184,12 +158,49 @@ __device__ void encode(const AdamwTensorStep& s, const AdamwValues (&values)[kVe
     halve_split(pack<16>(master), codes.weight, codes.master);
   } else {
     codes.master = pack<top_of(F.master)>(master);
-    if constexpr (F.weight == WeightFormat::bf16) {
-      codes.weight = bf16_weight(codes.master);
-    } else {
-      codes.weight = e4m3_weight(codes.master, ratio);
-    }
+    if constexpr (F.weight == WeightFormat::bf16) codes.weight = bf16_weight(codes.master);
+    if constexpr (is_e4m3(F.weight)) codes.weight = e4m3_weight(codes.master, ratio);
   }
+}
+
+/// Bits of the amaxes that follow from the largest codes of a thread or a warp.
+struct AmaxBits {
+  std::uint32_t weight, master, m, v;
+};
+
+__device__ inline AmaxBits amax_bits(const StateFormats& f, const AdamwTensorStep& s,
+                                     const AdamwAmax& largest) {
+  return {amax_of_weight(f, s, largest), amax_of_master(f, s, largest), amax_of_m(f, s, largest),
+          amax_of_v(f, s, largest)};
+}
+
+/// The same with the conversions of vectors, which are shorter.
+template <AdamwRow R>
+__device__ AmaxBits amax_bits(const AdamwTensorStep& s, const AdamwAmax& largest) {
+  constexpr StateFormats F = R.formats;
+  const auto amax = [&]<StateFormat Format>(std::uint32_t code, float scale_inv) {
+    if constexpr (is_block(Format) || Format == StateFormat::split) {
+      return amax_of_state(Format, code, scale_inv);
+    } else {
+      float x[kVector];
+      decode<Format>(Packed<size_of(Format)>{{code}}, x);
+      return float_bits(x[0] * scale_inv);
+    }
+  };
+  AmaxBits bits;
+  bits.master = amax.template operator()<F.master>(largest.master, s.master_scale_inv);
+  bits.m = amax.template operator()<F.m>(largest.m, s.m_scale_inv);
+  bits.v = amax.template operator()<F.v>(largest.v, s.v_scale_inv);
+  if constexpr (F.master == StateFormat::f16 && is_e4m3(F.weight)) {
+    float x[kVector];
+    decode_e4m3(e4m3_weight(Packed<2>{{largest.master}},
+                            __float2half2_rn(s.master_scale_inv * s.weight_scale)),
+                x);
+    bits.weight = float_bits(x[0] * s.weight_scale_inv);
+  } else {
+    bits.weight = amax_of_weight(F, s, largest);
+  }
+  return bits;
 }
 
 }  // namespace octet::detail::cuda

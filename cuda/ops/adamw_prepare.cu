@@ -2,6 +2,8 @@
 // The first half of a step: what is decided before an element changes.
 #include <cooperative_groups.h>
 
+#include <cuda/atomic>
+
 #include <algorithm>
 
 #include "cuda/check.hpp"
@@ -60,13 +62,32 @@ __device__ double sum_of_segments(const AdamwArgs& args) {
   return runs[0];
 }
 
-/// Whether any thread of any block says so. All threads must call it.
-__device__ bool any_of_grid(AdamwScratch* scratch, bool mine) {
-  const int of_block = __syncthreads_or(mine ? 1 : 0);
-  if (threadIdx.x == 0) scratch->skips[blockIdx.x] = of_block;
-  cooperative_groups::this_grid().sync();
-  const bool of_another = threadIdx.x < gridDim.x && scratch->skips[threadIdx.x] != 0;
-  return __syncthreads_or(of_another ? 1 : 0) != 0;
+/// Whether any thread of any block says so; meanwhile() runs while other blocks are awaited. All
+/// threads must call it. One atomic a block is barrier and vote in one, which the barrier of
+/// cooperative groups is not.
+template <class Meanwhile>
+__device__ bool any_of_grid(AdamwScratch* scratch, unsigned turn, bool mine,
+                            const Meanwhile& meanwhile) {
+  using Votes = ::cuda::atomic_ref<std::uint64_t, ::cuda::thread_scope_device>;
+  __shared__ bool result;
+  const bool of_block = __syncthreads_or(mine ? 1 : 0) != 0;
+  const Votes votes(scratch->votes[turn]);
+  if (threadIdx.x == 0) {
+    votes.fetch_add(1 + (std::uint64_t{of_block} << 32), ::cuda::memory_order_release);
+  }
+  meanwhile();
+  if (threadIdx.x == 0) {
+    std::uint64_t seen = 0;
+    do seen = votes.load(::cuda::memory_order_acquire);
+    while (static_cast<std::uint32_t>(seen) != gridDim.x);
+    result = (seen >> 32) != 0;
+    if (blockIdx.x == 0) {  // nobody looks at the other word in this step
+      scratch->votes[1 - turn] = 0;
+      scratch->turn = 1 - turn;
+    }
+  }
+  __syncthreads();
+  return result;
 }
 
 // A table is read and written by one thread per entry: 16 bytes at a time, because every access of
@@ -113,7 +134,7 @@ __device__ AdamwScalars begin_scalars(const AdamwArgs& args, double sum_squares)
 }
 
 /// A thread usually has one tensor, prepared once and kept; with more all are prepared again after
-/// the decision.
+/// the decision. What goes to `steps` is scratch, so it need not wait for that.
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ AdamwArgs args) {
   __shared__ AdamwScalars s;
   __shared__ bool scalars_forbid;
@@ -124,14 +145,11 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   const auto scalars_of_group = [&](std::int64_t g) {
     return group_scalars(args.groups[g], args.config.decoupled_weight_decay, s.step, s.lr);
   };
-  const auto compute_groups = [&](std::int64_t begin, std::int64_t end, int stride) {
-    for (std::int64_t g = begin; g < end; g += stride) {
-      if (g >= kSharedGroups && blockIdx.x != 0) break;
-      const AdamwGroupScalars group = scalars_of_group(g);
-      if (g < kSharedGroups) groups[g] = group;
-      if (blockIdx.x == 0) args.group_scalars[g] = group;
-    }
+  const auto keep_group = [&](std::int64_t g, const AdamwGroupScalars& group) {
+    if (g < kSharedGroups) groups[g] = group;
+    if (blockIdx.x == 0) args.group_scalars[g] = group;
   };
+  const unsigned turn = args.scratch->turn;
   const bool has_tensors = threadIdx.x < kTensorThreads;
   const std::int64_t count = has_tensors ? args.tensor_count : 0;
   const std::int64_t first = std::int64_t{blockIdx.x} * kTensorThreads + threadIdx.x;
@@ -142,19 +160,29 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     p.old = old_scales_of(p.tensor);
   };
   if (first < count) load(first);
+  const int lane = static_cast<int>(threadIdx.x) - kTensorThreads;  // of the last warp
+  const bool has_group = !has_tensors && lane < args.group_count;
+  AdamwHyper hyper{};
+  if (has_group) hyper = args.groups[lane];
   const double sum = args.max_norm > 0.0f ? sum_of_segments(args) : 0.0;
   if (!has_tensors) {
-    const int lane = static_cast<int>(threadIdx.x) - kTensorThreads;
+    const AdamwScalars begun = begin_scalars(args, sum);
     if (lane == 0) {
-      s = begin_scalars(args, sum);
-      scalars_forbid = must_skip(s, args.nonfinite);
+      scalars_forbid = must_skip(begun, args.nonfinite);
+      s = begun;
     }
-    __syncwarp();
-    compute_groups(lane, args.group_count < kWarp ? args.group_count : kWarp, kWarp);
+    if (has_group) {
+      keep_group(lane,
+                 group_scalars(hyper, args.config.decoupled_weight_decay, begun.step, begun.lr));
+    }
   }
   __syncthreads();
   if (args.group_count > kWarp) {
-    compute_groups(kWarp + static_cast<int>(threadIdx.x), args.group_count, kThreads);
+    const std::int64_t end =
+        blockIdx.x == 0 ? args.group_count : min(args.group_count, kSharedGroups);
+    for (std::int64_t g = kWarp + threadIdx.x; g < end; g += kThreads) {
+      keep_group(g, scalars_of_group(g));
+    }
     __syncthreads();
   }
 
@@ -170,21 +198,26 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
     prepare();
     skip = skip || !bounds_are_finite(p.bounds, p.group, p.tensor.formats);
   }
-  skip = any_of_grid(args.scratch, skip);  // from here on no block needs the old scalars
+  AdamwNewScales next{};
+  const auto begin = [&](std::int64_t t) {
+    AdamwTensorStep step;
+    next = begin_tensor(s, p.group, p.tensor.formats, p.old, p.bounds, step);
+    step.row = args.config.stochastic_rounding ? row_of(p.tensor, step) : 0;
+    store_entry(args.steps + t, step);
+  };
+  const bool has_one = args.tensor_count <= threads;
+  // From here on no block needs the old scalars.
+  skip = any_of_grid(args.scratch, turn, skip, [&] {
+    if (has_one && first < count) begin(first);
+  });
 #pragma unroll 1
   for (std::int64_t t = first; t < count; t += threads) {
-    if (count > threads) {
+    if (!has_one) {
       load(t);
       prepare();
+      begin(t);
     }
-    if (!skip) {
-      AdamwTensorStep step;
-      begin_tensor(s, p.group, p.tensor, p.old, p.bounds, step);
-      const bool may_be_special = args.config.stochastic_rounding;
-      step.path =
-          static_cast<std::uint32_t>(may_be_special ? path_of(p.tensor, step) : AdamwPath::general);
-      store_entry(args.steps + t, step);
-    }
+    if (!skip) store_scales(p.tensor, next);
     end_gradient(p.tensor);
   }
   if (blockIdx.x == 0 && threadIdx.x == kTensorThreads) {

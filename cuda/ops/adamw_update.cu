@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The second half of a step. One kernel for every combination of formats, which it reads from the
-// table; some rows of formats have a path with formats known at compile time, and the same bits.
+// table; the rows of kAdamwRows have code with formats known at compile time, and the same bits.
 #include "cuda/check.hpp"
-#include "cuda/device/dependent.cuh"
 #include "cuda/ops/adamw_codes.cuh"
-#include "cuda/ops/adamw_tile.cuh"
+#include "cuda/ops/adamw_rows.cuh"
+#include "cuda/ops/adamw_work.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 
 namespace octet::detail::cuda {
@@ -21,11 +21,10 @@ struct UpdateArgs {
   PhiloxKeys keys;
 };
 
-/// All whole vectors of a segment (of block formats all whole blocks); returns the number of
-/// elements done.
+/// All whole vectors of a segment (of block formats all whole blocks, of a transposed weight only
+/// a tile); returns the number of elements done. All threads must call it.
 template <AdamwRow R>
-__device__ int update_vectors(const UpdateArgs& args, const Work& work, const Segment& segment,
-                              const Walk& walk, AdamwAmax& of_thread) {
+__device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_thread) {
   constexpr StateFormats F = R.formats;
   constexpr bool kHasBlocks = is_block(F.m);
   static_assert(is_block(F.m) == is_block(F.v));  // renew_blocks sees to both
@@ -36,15 +35,19 @@ __device__ int update_vectors(const UpdateArgs& args, const Work& work, const Se
   // These count on eight elements in a row.
   static_assert(!kQuads || !(kHasBlocks || kTransposes || takes_fast_math(F)));
   const AdamwTensor& t = work.tensor;
+  const Walk walk =
+      kTransposes ? walk_of(t, work.segment) : Walk{work.segment.begin, kStateBlock, false};
+  if (kTransposes && !walk.is_tile) return 0;
+  if (threadIdx.x == 0) work.streams = streams_of<R>(work, walk.first);
+  __syncthreads();
   AdamwTensorStep s = work.step;
   s.group.l2 = 0.0f;
   if (F.master == StateFormat::split) s.master_inv *= 0x1p120f;  // what decode_split left out
-  const auto step = static_cast<std::uint64_t>(args.adamw.scalars->step);
   // Groups of four elements share a call of the generator.
   const std::uint64_t first = (t.random_base + static_cast<std::uint64_t>(walk.first)) / 4;
   const __half2 ratio = __float2half2_rn(s.master_scale_inv * s.weight_scale);
-  const int vectors =
-      kHasBlocks ? segment.count / kStateBlock * kBlockThreads : segment.count / kVector;
+  const int count = work.segment.count;
+  const int vectors = kHasBlocks ? count / kStateBlock * kBlockThreads : count / kVector;
   const int stride = static_cast<int>(walk.stride);
   const int in_block = threadIdx.x % kBlockThreads;
   __shared__ uint2 tile[kTransposes ? kTile * kTile / kVector : 1];
@@ -88,7 +91,7 @@ __device__ int update_vectors(const UpdateArgs& args, const Work& work, const Se
     RandomWords words[kVector / 4];
 #pragma unroll
     for (int quad = 0; quad < kVector / 4; ++quad) {
-      words[quad] = philox(args.keys, step,
+      words[quad] = philox(args.keys, work.step_number,
                            first + static_cast<unsigned>(place.first + quad * place.gap) / 4);
     }
     if constexpr (kHasBlocks) {
@@ -125,13 +128,13 @@ __device__ int update_vectors(const UpdateArgs& args, const Work& work, const Se
 
 /// The elements from `begin` on, a multiple of 4 (of 128 for block formats): any formats, any
 /// alignment. A warp takes a block of 128 at a time.
-__device__ void update_elements(const UpdateArgs& args, const Work& work, const Segment& segment,
-                                std::int64_t begin, AdamwAmax& largest) {
+__device__ void update_elements(const UpdateArgs& args, const Work& work, std::int64_t begin,
+                                AdamwAmax& largest) {
   const AdamwTensor& t = work.tensor;
+  const Segment& segment = work.segment;
   const AdamwTensorStep& s = work.step;
   const StateFormats& f = t.formats;
   const AdamwOffsets at = offsets_of(t, segment);
-  const auto step = static_cast<std::uint64_t>(args.adamw.scalars->step);
   const std::uint64_t first = t.random_base + static_cast<std::uint64_t>(segment.begin);
   const unsigned lane = threadIdx.x % 32;
   const auto warp_max = [](float x) {
@@ -164,7 +167,7 @@ __device__ void update_elements(const UpdateArgs& args, const Work& work, const 
     if (is_block(f.m)) renew(m_amax, t.m_blocks, m_scale, largest.m);
     if (is_block(f.v)) renew(v_amax, t.v_blocks, v_scale, largest.v);
     const RandomWords words =
-        philox(args.keys, step, (first + static_cast<std::uint64_t>(mine)) >> 2);
+        philox(args.keys, work.step_number, (first + static_cast<std::uint64_t>(mine)) >> 2);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (mine + k >= segment.count) continue;
@@ -176,86 +179,51 @@ __device__ void update_elements(const UpdateArgs& args, const Work& work, const 
   }
 }
 
-/// Raises the amax of the tensor's scales to the block's: one atomic each, exact in any order.
-__device__ void publish(const Work& work, const AdamwAmax& mine, AdamwAmax& of_block) {
-  const auto raise = [](std::uint32_t code, std::uint32_t* word) {
-    const std::uint32_t of_warp = __reduce_max_sync(0xFFFFFFFFu, code);
-    if (threadIdx.x % 32 == 0) atomicMax(word, of_warp);
-  };
-  raise(mine.m, &of_block.m);
-  raise(mine.v, &of_block.v);
-  raise(mine.master, &of_block.master);
-  __syncthreads();
-  if (threadIdx.x % 32 != 0) return;
-  const AdamwTensor& t = work.tensor;
-  const auto to_scale = [](std::uint32_t bits, TensorScale* scale) {
-    // A reduction, which does not wait for the old value as atomicMax on a generic pointer does.
-    if (bits != 0) asm volatile("red.global.max.u32 [%0], %1;" ::"l"(&scale->amax), "r"(bits));
-  };
-  static_assert(kThreads == 64);  // two warps, two scales each
-  if (threadIdx.x == 0) {
-    to_scale(amax_of_m(t.formats, work.step, of_block), t.m_scale);
-    to_scale(amax_of_v(t.formats, work.step, of_block), t.v_scale);
-  } else {
-    to_scale(amax_of_master(t.formats, work.step, of_block), t.master_scale);
-    to_scale(amax_of_weight(t.formats, work.step, of_block), t.weight_scale);
+__device__ AdamwAmax largest_of_warp(const AdamwAmax& mine) {
+  const auto largest = [](std::uint32_t code) { return __reduce_max_sync(0xFFFFFFFFu, code); };
+  return {largest(mine.m), largest(mine.v), largest(mine.master)};
+}
+
+/// Raises the amax of the tensor's scales to that of a warp: one atomic each, exact in any order.
+__device__ void publish(const AdamwTensor& t, const AmaxBits& of_warp) {
+  // A lane each.
+  const unsigned lane = threadIdx.x % 32;
+  TensorScale* scale = t.weight_scale;
+  std::uint32_t bits = of_warp.weight;
+  if (lane == 1) scale = t.master_scale, bits = of_warp.master;
+  if (lane == 2) scale = t.m_scale, bits = of_warp.m;
+  if (lane == 3) scale = t.v_scale, bits = of_warp.v;
+  // A reduction, which does not wait for the old value as atomicMax on a generic pointer does.
+  if (lane < 4 && bits != 0) {
+    asm volatile("red.global.max.u32 [%0], %1;" ::"l"(&scale->amax), "r"(bits));
   }
 }
 
-constexpr unsigned kTensorWords = sizeof(AdamwTensor) / 4;
-constexpr unsigned kStepWords = sizeof(AdamwTensorStep) / 4;
-static_assert(kTensorWords + kStepWords <= kThreads);
+/// The whole vectors of a segment; returns the number of elements done.
+template <AdamwRow R>
+__device__ int update_row(const UpdateArgs& args, Work& work) {
+  AdamwAmax largest;
+  const int done = update_vectors<R>(args, work, largest);
+  publish(work.tensor, amax_bits<R>(work.step, largest_of_warp(largest)));
+  return done;
+}
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     update_kernel(const __grid_constant__ UpdateArgs args) {
   __shared__ alignas(16) char work_bytes[sizeof(Work)];
-  __shared__ AdamwAmax of_block;
   Work& work = *reinterpret_cast<Work*>(work_bytes);
-  // The tables of segments and tensors are as they were before prepare; its results are awaited.
-  const Segment segment = args.adamw.segments[blockIdx.x];
-  const auto words_of = [](const void* from) { return static_cast<const std::uint32_t*>(from); };
-  std::uint32_t word = 0;
-  if (threadIdx.x < kTensorWords) {
-    word = words_of(args.adamw.tensors + segment.tensor)[threadIdx.x];
-  }
-  wait_for_previous_kernel();
-  const std::uint32_t skip = args.adamw.scalars->skip;
-  const unsigned in_step = threadIdx.x - kTensorWords;
-  if (threadIdx.x >= kTensorWords && in_step < kStepWords) {
-    word = words_of(args.adamw.steps + segment.tensor)[in_step];
-  }
-  if (skip != 0) return;
-  if (threadIdx.x < kTensorWords) {
-    reinterpret_cast<std::uint32_t*>(&work.tensor)[threadIdx.x] = word;
-  } else if (in_step < kStepWords) {
-    reinterpret_cast<std::uint32_t*>(&work.step)[in_step] = word;
-  }
-  __syncthreads();
-  const Walk walk = walk_of(work.tensor, segment);
-  const AdamwOffsets at = offsets_at(work.tensor, segment, walk.first);
-  if (threadIdx.x == 0) {
-    work.streams = streams_of(work.tensor, at);
-    of_block = AdamwAmax{};
-  }
-  __syncthreads();
-  AdamwAmax largest;
+  if (!load_work<kThreads>(args.adamw, work)) return;
   int done = 0;
-  const auto take = [&]<AdamwRow R>() {
-    done = update_vectors<R>(args, work, segment, walk, largest);
-  };
-  switch (static_cast<AdamwPath>(work.step.path)) {
-    case AdamwPath::o0: take.operator()<kRowO0>(); break;
-    case AdamwPath::o1: take.operator()<kRowO1>(); break;
-    case AdamwPath::o2: take.operator()<kRowO2>(); break;
-    case AdamwPath::o2_transposed:
-      if (walk.is_tile) take.operator()<kRowO2Transposed>();
-      break;
-    case AdamwPath::o3: take.operator()<kRowO3>(); break;
-    case AdamwPath::blocks: take.operator()<kRowBlocks>(); break;
-    case AdamwPath::general: break;
+  find_row([&]<std::size_t I>() {
+    if (work.step.row != I + 1) return false;
+    done = update_row<kAdamwRows[I]>(args, work);
+    return true;
+  });
+  if (done < work.segment.count) {
+    AdamwAmax largest;
+    update_elements(args, work, done, largest);
+    publish(work.tensor, amax_bits(work.tensor.formats, work.step, largest_of_warp(largest)));
   }
-  if (done < segment.count) update_elements(args, work, segment, done, largest);
-  publish(work, largest, of_block);
 }
 
 }  // namespace

@@ -42,6 +42,7 @@ struct Engine::Impl {
   void make_gathers();
   void initialise();
   void describe();
+  std::string describe_optimizer() const;
 
   bool sharded() const { return plan.sharding == Sharding::optimizer && comm.size() > 1; }
   Param& param(ParamId id, const char* call);

@@ -274,6 +274,27 @@ void Engine::Impl::initialise() {
   ctx.synchronize();
 }
 
+// On CUDA some formats are much slower than others.
+std::string Engine::Impl::describe_optimizer() const {
+  if (ctx.device().type == DeviceType::cpu) return "one loop for all formats";
+  std::int64_t general = 0, all = 0;
+  std::string first;
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    const Param& p = params[i];
+    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    all += owned;
+    const std::string reason = adamw->general_code_reason(static_cast<int>(i));
+    if (reason.empty() || owned == 0) continue;
+    if (general == 0) first = "\"" + p.spec.name + "\": " + reason;
+    general += owned;
+  }
+  if (general == 0) return "fast code for all formats";
+  std::ostringstream out;
+  out << "general code, several times slower, for " << general << " of " << all
+      << " elements, first for " << first;
+  return out.str();
+}
+
 void Engine::Impl::describe() {
   plan.ranks = comm.size();
   plan.transport = comm.name();
@@ -295,6 +316,7 @@ void Engine::Impl::describe() {
     plan.reduction = "two_shot (send/receive, means rounded once and gathered)";
     plan.weight_gather = "written by every rank's own update";
   }
+  plan.optimizer = describe_optimizer();
   if (plan.level == Level::O2 && plan.sharding == Sharding::optimizer) {
     plan.notes.push_back("O2 with a sharded optimizer is what O3 presets");
   }

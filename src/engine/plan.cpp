@@ -39,6 +39,7 @@ std::string Plan::to_markdown() const {
       << "| other formats | f32 throughout |\n"
       << "| reduction | " << reduction << ", " << buckets << " buckets |\n"
       << "| weights | " << weight_gather << " |\n"
+      << "| optimizer | " << optimizer << " |\n"
       << "| wire bytes per step | " << wire_bytes_per_step << " |\n";
   for (const std::string& note : notes) out << "| note | " << note << " |\n";
   out << "\n| memory | FP8-managed | model state | planned bytes | measured bytes |\n"

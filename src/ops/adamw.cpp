@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "octet/ops/adamw.hpp"
 
+#include <sstream>
+
+#include "octet/ops/adamw_rows.hpp"
+
 #include "backend.hpp"
 
 namespace octet {
@@ -21,6 +25,30 @@ void check(const AdamwArgs& args, const char* op) {
 }
 
 }  // namespace
+
+std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig& config,
+                                    const AdamwHyper& hyper) {
+  const StateFormats& f = tensor.formats;
+  if (adamw_row_of(tensor.gradient_dtype, f) == 0) {
+    std::ostringstream text;
+    text << "kAdamwRows has no row of weight " << name_of(f.weight) << ", master "
+         << name_of(f.master) << ", m " << name_of(f.m) << ", v " << name_of(f.v) << ", gradient "
+         << name_of(tensor.gradient_dtype);
+    return text.str();
+  }
+  if (!config.stochastic_rounding) return "stochastic_rounding is false";
+  if (!config.decoupled_weight_decay && hyper.weight_decay != 0.0f) {
+    return "decoupled_weight_decay is false";
+  }
+  if (!is_aligned_for_row(tensor)) return "a buffer is not aligned to 16 bytes";
+  if (!is_shaped_for_row(tensor)) {
+    std::ostringstream text;
+    text << "the weight that is also written transposed has " << tensor.rows << " rows and "
+         << tensor.columns << " columns; fast are a multiple of 8 and at most 2^23";
+    return text.str();
+  }
+  return {};
+}
 
 void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   const TensorView& values = init.values;

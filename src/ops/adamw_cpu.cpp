@@ -155,8 +155,8 @@ void adamw_prepare(const Context&, const AdamwArgs& args) {
   for (std::int64_t t = 0; t < args.tensor_count; ++t) {
     const AdamwTensor& tensor = args.tensors[t];
     if (!skip) {
-      begin_tensor(s, args.group_scalars[tensor.group], tensor, old_scales_of(tensor), bounds_at(t),
-                   args.steps[t]);
+      store_scales(tensor, begin_tensor(s, args.group_scalars[tensor.group], tensor.formats,
+                                        old_scales_of(tensor), bounds_at(t), args.steps[t]));
     }
     end_gradient(tensor);
   }

@@ -157,7 +157,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     if (param.gradient_scale == nullptr) param.gradient_scale = own_scale++;
   }
   steps_ = Buffer(ctx_, count * sizeof(AdamwTensorStep));
-  scratch_ = Buffer(ctx_, sizeof(AdamwScratch));
+  scratch_ = upload_sync<AdamwScratch>(ctx_, std::vector<AdamwScratch>(1));
   scalars_ = upload_sync<AdamwScalars>(ctx_, std::vector<AdamwScalars>(1));
   sums_ = Buffer(ctx_, static_cast<std::size_t>(total_segments_) * sizeof(float));
   zero_bytes(ctx_, sums_.data(), sums_.bytes());
@@ -293,6 +293,18 @@ AdamW::StateBytes AdamW::state_bytes(int i) const {
 const AdamwGroupScalars* AdamW::group_scalars(int i) const {
   check_index(i);
   return group_scalars_.as<AdamwGroupScalars>() + tensors_host_[static_cast<std::size_t>(i)].group;
+}
+
+std::string AdamW::general_code_reason(int i) const {
+  check_index(i);
+  const AdamwTensor& tensor = tensors_host_[static_cast<std::size_t>(i)];
+  return reason_for_general_code(tensor, config_,
+                                 groups_host_[static_cast<std::size_t>(tensor.group)]);
+}
+
+const AdamwTensorStep* AdamW::tensor_step(int i) const {
+  check_index(i);
+  return steps_.as<AdamwTensorStep>() + i;
 }
 
 StateView AdamW::m(int i) const {

@@ -172,6 +172,8 @@ class Matrices {
         {.lr_device = lr_.as<const float>(), .max_norm = 1.0f, .nonfinite = model_.flag()});
   }
 
+  void raise_flag() { write_one(model_.context(), model_.flag(), std::uint32_t{1}); }
+
   const AdamwModel& model() const { return model_; }
 
  private:
@@ -232,18 +234,24 @@ TEST_CASE("a captured measure() and step() of AdamW replay with the bits of the 
   captured.set(0);
   captured.enqueue_step();
   Graph graph(stream.get(), [&] { captured.enqueue_step(); });
+  constexpr std::size_t kSkipped = 3;  // a NaN somewhere
   for (std::size_t i = 1; i < kRates.size(); ++i) {
     CAPTURE(i);
-    eager.set(i);
+    const std::vector<std::uint8_t> before = captured.model().all_bytes();
+    for (Matrices* each : {&eager, &captured}) {
+      each->set(i);
+      if (i == kSkipped) each->raise_flag();
+    }
     eager.enqueue_step();
-    captured.set(i);
     graph.launch();
     const AdamwScalars scalars = captured.model().scalars();
-    CHECK(scalars.step == static_cast<std::int64_t>(i) + 1);
+    CHECK(scalars.step + scalars.skipped == static_cast<std::int64_t>(i) + 1);
+    CHECK(scalars.skipped == (i < kSkipped ? 0 : 1));
     CHECK(scalars.lr == kRates[i]);
     CHECK(scalars.clip < 1.0f);
     CHECK(bits_of(scalars.clip) == bits_of(eager.model().scalars().clip));
     CHECK(first_difference(captured.model().all_bytes(), eager.model().all_bytes()) == "");
+    CHECK((first_difference(captured.model().all_bytes(), before) == "") == (i == kSkipped));
   }
 }
 

@@ -91,6 +91,34 @@ TEST_CASE("weights have the level's format, stay where they are and decode on de
   }
 }
 
+TEST_CASE("the plan says how the optimizer runs, and why not faster") {
+  for (const Context& ctx : test_contexts()) {
+    const auto comm = make_single(ctx);
+    const auto plan_of = [&](const EngineConfig& config) {
+      Engine engine(ctx, *comm, config);
+      std::vector<Buffer> keep;
+      add_parameters(engine, ctx, keep);
+      engine.freeze();
+      CHECK(engine.plan().to_markdown().find(engine.plan().optimizer) != std::string::npos);
+      return engine.plan().optimizer;
+    };
+    EngineConfig config = config_of(Level::O2);
+    config.adamw.stochastic_rounding = false;
+    const std::string slow = plan_of(config);
+    INFO(slow);
+    const bool is_cuda = ctx.device().type == DeviceType::cuda;
+    CHECK((slow.find("stochastic_rounding is false") != std::string::npos) == is_cuda);
+    CHECK((slow.find(model_params()[0].name) != std::string::npos) == is_cuda);
+    for (Level level : kLevels) {
+      CHECK(plan_of(config_of(level)) ==
+            (is_cuda ? "fast code for all formats" : "one loop for all formats"));
+    }
+    config = config_of(Level::O2);
+    config.formats = small_formats();
+    CHECK(plan_of(config) == (is_cuda ? "fast code for all formats" : "one loop for all formats"));
+  }
+}
+
 TEST_CASE("formats set by hand work in every combination that the engine has, for any ranks") {
   RunOptions options;
   options.steps = 2;

@@ -38,6 +38,7 @@ class Tables {
         flag_(upload<std::uint32_t>(ctx, {0})) {
     for (const Guarded* g : {&master_, &m_, &v_}) write(ctx, g->data(), std::vector<float>(count_));
     write_one(ctx, scalars_.data(), AdamwScalars{});
+    write_one(ctx, scratch_.data(), AdamwScratch{});
     TensorScale* s = scales_.as<TensorScale>();
     tensor_.gradient = gradient_.data();
     tensor_.gradient_scale = s;
@@ -166,8 +167,6 @@ TEST_CASE("scalars of a step follow their definitions") {
         CHECK(s.beta2 == config.beta2);
         CHECK(near(s.one_minus_beta1, 1 - reference.beta1, 1e-7));
         CHECK(near(s.one_minus_beta2, 1 - reference.beta2, 1e-7));
-        CHECK(near(s.k1, reference.k1(t), 2e-7));
-        CHECK(near(s.k2, reference.k2(t), 2e-7));
         CHECK(near(s.bound, reference.bound(t), 1e-6));
         CHECK(s.l2 == 0.0f);
         CHECK(s.weight_factor == 1.0f);

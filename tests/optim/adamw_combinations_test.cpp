@@ -22,6 +22,13 @@ struct Combination {
   DType gradient;
 };
 
+/// A matrix of `count` elements, with as many rows up to 127 as divide it.
+Shape matrix_of(std::int64_t count) {
+  std::int64_t rows = 127;
+  while (count % rows != 0) --rows;
+  return {rows, count / rows};
+}
+
 /// Every `stride`-th combination.
 std::vector<Combination> combinations(std::size_t stride) {
   std::vector<Combination> list;
@@ -66,7 +73,9 @@ class Optimizer {
       write(ctx_, gradient.tensor.view().data.data, g.bytes);
       write_one(ctx_, gradient.tensor.view().scale, g.scale);
     }
-    optimizer_->step({.lr = 1e-3f});
+    const bool clips = t == kSteps;
+    if (clips) optimizer_->measure();
+    optimizer_->step({.lr = 1e-3f, .max_norm = clips ? 1.0f : 0.0f});
     REQUIRE(download_one<AdamwScalars>(ctx_, optimizer_->scalars()).step == t);
   }
 
@@ -92,13 +101,14 @@ class Optimizer {
   AdamWParam param_of(const Combination& what, std::int64_t count) {
     const WeightFormat weight = what.formats.weight;
     const bool is_matrix = weight == WeightFormat::e4m3_and_transpose;
+    const Shape matrix = matrix_of(count);
     AdamWParam param;
     param.name = describe(what.formats, what.gradient);
-    param.shape = is_matrix ? Shape{1, count} : Shape{count};
+    param.shape = is_matrix ? matrix : Shape{count};
     param.formats = what.formats;
     weights_.push_back(weight == WeightFormat::none ? Tensor()
                                                     : Tensor(ctx_, dtype_of(weight), param.shape));
-    transposed_.push_back(is_matrix ? Tensor(ctx_, DType::e4m3, {count, 1}) : Tensor());
+    transposed_.push_back(is_matrix ? Tensor(ctx_, DType::e4m3, {matrix[1], matrix[0]}) : Tensor());
     param.weight = weights_.back().view();
     param.weight_transposed = transposed_.back().view();
     for (const Gradient& gradient : gradients_) {

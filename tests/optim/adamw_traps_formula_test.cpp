@@ -104,8 +104,6 @@ TEST_CASE("trap 8: the bias correction of beta2 = 0.9999 keeps its digits at eve
         return std::abs(static_cast<double>(static_cast<long double>(value) / exact - 1));
       };
       INFO(to_string(ctx.device()) << ", step " << t);
-      REQUIRE(off(s.k1, 1 / first) < 1.2e-7);
-      REQUIRE(off(s.k2, 1 / std::sqrt(second)) < 1.2e-7);
       REQUIRE(off(s.root_factor, first / std::sqrt(second)) < 1.2e-7);
       REQUIRE(off(s.root_eps, beta(config.eps) * first) < 1.2e-7);
     }

@@ -104,6 +104,9 @@ class AdamwModel {
   AdamwGroupScalars group_scalars(int i) const {
     return download_one<AdamwGroupScalars>(ctx_, optimizer_->group_scalars(i));
   }
+  AdamwTensorStep tensor_step(int i) const {
+    return download_one<AdamwTensorStep>(ctx_, optimizer_->tensor_step(i));
+  }
   std::vector<TensorScale> scales() const {
     return download<TensorScale>(ctx_, optimizer_->scales(),
                                  static_cast<std::size_t>(optimizer_->scale_count()));

@@ -33,6 +33,7 @@ struct Plan {
   int buckets = 0;
   std::string reduction;      ///< path and reason
   std::string weight_gather;  ///< path and reason
+  std::string optimizer;      ///< how the update runs, and why not faster
   std::vector<std::string> notes;
   std::vector<MemoryRow> memory;
   /// Payload bytes this rank sends per step.

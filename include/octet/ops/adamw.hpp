@@ -111,10 +111,8 @@ struct AdamwGroupScalars {
   float lr = 0.0f;
   float beta1 = 0.0f, one_minus_beta1 = 0.0f;
   float beta2 = 0.0f, one_minus_beta2 = 0.0f;
-  float k1 = 0.0f;             ///< 1 / (1 - beta1^t)
-  float k2 = 0.0f;             ///< 1 / sqrt(1 - beta2^t)
-  float root_factor = 0.0f;    ///< k2 / k1
-  float root_eps = 0.0f;       ///< eps / k1
+  float root_factor = 0.0f;    ///< (1 - beta1^t) / sqrt(1 - beta2^t)
+  float root_eps = 0.0f;       ///< eps (1 - beta1^t)
   float bound = 0.0f;          ///< largest |ratio| that exact Adam can reach at this step
   float l2 = 0.0f;             ///< weight decay that joins the gradient; 0 where decoupled
   float weight_factor = 1.0f;  ///< 1 - lr * weight_decay; 1 in L2 mode
@@ -132,15 +130,19 @@ struct alignas(16) AdamwTensorStep {
   /// 1: all scales and bounds are far from the ends of FP32's range, so that a product of two
   /// factors is exact where the formulas multiply by one after the other.
   std::uint32_t ordinary = 0;
-  std::uint32_t path = 0;  ///< a backend's own: which of its kernels' paths the tensor takes
+  /// On CUDA which row of kAdamwRows the update takes, counted from 1; 0: the general code.
+  std::uint32_t row = 0;
 };
 
-/// What the blocks of a device's adamw_prepare tell one another; the CPU does not use it. Need not
-/// be set before. Steps that may overlap must not share it.
+/// What the blocks of a device's adamw_prepare tell one another; the CPU does not use it. All zero
+/// before the first step. Steps that may overlap must not share it.
 struct AdamwScratch {
   static constexpr int kMaxBlocks = 64;
   double sums[kMaxBlocks] = {};
-  std::int32_t skips[kMaxBlocks] = {};
+  /// Of this step and the next in turn: how many blocks have voted, and in the upper half how many
+  /// to skip.
+  std::uint64_t votes[2] = {};
+  std::uint32_t turn = 0;
 };
 
 struct AdamwArgs {

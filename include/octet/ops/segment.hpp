@@ -30,7 +30,7 @@ std::vector<Piece> panels_of(std::int32_t tensor, const Shape& shape);
 std::int64_t segment_count(const Shape& shape);
 
 /// One segment that this rank works on.
-struct Segment {
+struct alignas(16) Segment {
   std::int32_t tensor = 0;
   std::int32_t count = 0;
   std::int64_t begin = 0;  ///< first element, counted in the tensor

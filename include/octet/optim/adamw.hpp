@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "octet/ops/adamw.hpp"
+#include "octet/ops/adamw_rows.hpp"
 #include "octet/runtime/tensor.hpp"
 
 namespace octet {
@@ -70,13 +70,10 @@ struct StateView {
 /// AdamW over a list of parameters: owns m, v and (unless FP32 master and weight are one) the
 /// master, their scales, the step count and the tables. One pass over the memory, everything
 /// decided on the device (numerics section 3).
-/// On CUDA these are fast (docs/performance.md): the formats of O1, O2 and small_formats() with
-/// E4M3 gradients, O2's with FP32 gradients too (a sharded optimizer), O0's with BF16 gradients,
-/// O2's with a transposed weight of rows % 8 == 0 and at most 2^23 columns; all with stochastic
-/// rounding, decoupled weight decay, buffers aligned to 16 bytes and scales far from the ends of
-/// FP32's range. Everything else takes a general path with the same bits in 2.4 to 6.6 times the
-/// time: so O0, O1 and small_formats() in a sharded optimizer, whose gradients are FP32, and FP32
-/// weights.
+/// On CUDA the rows of kAdamwRows are fast (docs/performance.md), with stochastic rounding,
+/// decoupled weight decay, buffers aligned to 16 bytes and scales far from the ends of FP32's
+/// range. Everything else takes general code with the same bits in several times the time;
+/// general_code_reason() tells.
 ///
 /// Memory is taken in the constructor; measure() and step() allocate nothing, do not
 /// synchronise and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same
@@ -111,6 +108,11 @@ class AdamW {
   const AdamwScalars* scalars() const { return scalars_.as<AdamwScalars>(); }
   /// Scalars of the group of parameter i, in device memory, as of the last step.
   const AdamwGroupScalars* group_scalars(int i) const;
+  /// Why on CUDA the update of parameter i takes the general code; empty where it does not. See
+  /// reason_for_general_code.
+  std::string general_code_reason(int i) const;
+  /// What adamw_prepare decided for parameter i, in device memory, as of the last step.
+  const AdamwTensorStep* tensor_step(int i) const;
   /// Scale of the compute weight of parameter i, in device memory, as of the last step.
   TensorScale* weight_scale(int i) const;
   /// All scales one after the other ([4 * parameters]: weight, master, m, v): sharded callers take

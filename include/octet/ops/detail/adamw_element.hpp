@@ -132,7 +132,7 @@ struct AdamwCodes {
   std::uint32_t master = 0, m = 0, v = 0, weight = 0;
 };
 
-OCTET_HD inline bool has_weight(const StateFormats& f) {
+OCTET_HD constexpr bool has_weight(const StateFormats& f) {
   return f.weight != WeightFormat::none && f.weight != WeightFormat::f32;
 }
 

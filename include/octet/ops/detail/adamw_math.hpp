@@ -8,12 +8,17 @@
 
 namespace octet::detail {
 
-/// b^t by binary exponentiation: the same bits on every machine, unlike a library pow.
-OCTET_HD inline double integer_power(double base, std::int64_t exponent) {
-  double result = 1.0;
-  for (; exponent > 0; exponent >>= 1) {
-    if (exponent & 1) result *= base;
-    base *= base;
+struct AdamwPowers {
+  double a, b, c;
+};
+
+/// Each to the power of t by binary exponentiation: the same bits on every machine, unlike a
+/// library pow. Three at once, because a device waits for each product.
+OCTET_HD inline AdamwPowers powers_of(AdamwPowers base, std::int64_t t) {
+  AdamwPowers result{1.0, 1.0, 1.0};
+  for (; t > 0; t >>= 1) {
+    if (t & 1) result = {result.a * base.a, result.b * base.b, result.c * base.c};
+    base = {base.a * base.a, base.b * base.b, base.c * base.c};
   }
   return result;
 }
@@ -41,25 +46,26 @@ OCTET_HD inline AdamwGroupScalars group_scalars(const AdamwHyper& group, bool de
   const std::int64_t t = applied + 1;
   const double beta1 = group.beta1;
   const double beta2 = group.beta2;
-  const double first = 1.0 - integer_power(beta1, t);
-  const double second = ::sqrt(1.0 - integer_power(beta2, t));
+  const double x = beta1 * beta1 / beta2;
+  const AdamwPowers power = powers_of({beta1, beta2, x}, t);
+  const double first = 1.0 - power.a;
+  const double second = 1.0 - power.b;
   AdamwGroupScalars s;
   s.lr = lr * group.lr_factor;
   s.beta1 = group.beta1;
   s.one_minus_beta1 = 1.0f - group.beta1;
   s.beta2 = group.beta2;
   s.one_minus_beta2 = 1.0f - group.beta2;
-  s.k1 = static_cast<float>(1.0 / first);
-  s.k2 = static_cast<float>(1.0 / second);
-  s.root_factor = static_cast<float>(first / second);
+  s.root_factor = static_cast<float>(first / ::sqrt(second));
   s.root_eps = static_cast<float>(group.eps * first);
   // Largest |m' k1 / (sqrt(v') k2)| that exact Adam reaches, by Cauchy-Schwarz over the gradients'
-  // history; there is none when beta1^2 >= beta2.
-  const double x = beta1 * beta1 / beta2;
+  // history: the square root of (1-b1)^2 / first^2 * second * (1-x^t) / ((1-x) (1-b2)). There is
+  // none when beta1^2 >= beta2.
   s.bound = bits_float(0x7F800000u);
   if (x < 1.0) {
-    const double history = ::sqrt((1.0 - integer_power(x, t)) / ((1.0 - x) * (1.0 - beta2)));
-    s.bound = static_cast<float>((1.0 - beta1) / first * second * history);
+    const double above = (1.0 - beta1) * (1.0 - beta1) * second * (1.0 - power.c);
+    const double below = first * first * (1.0 - x) * (1.0 - beta2);
+    s.bound = static_cast<float>(::sqrt(above / below));
   }
   s.l2 = decoupled ? 0.0f : group.weight_decay;
   s.weight_factor = decoupled ? fma_of(-s.lr, group.weight_decay, 1.0f) : 1.0f;
@@ -169,33 +175,43 @@ OCTET_HD inline bool is_ordinary(const AdamwTensorStep& s, const AdamwBounds& bo
          bounds.m <= 0x1p40f && bounds.v <= 0x1p40f && s.group.root_eps >= 0x1p-44f;
 }
 
-/// Sets the new scales and what the update needs of a tensor.
-OCTET_HD inline void begin_tensor(const AdamwScalars& step, const AdamwGroupScalars& group,
-                                  const AdamwTensor& tensor, const AdamwOldScales& old,
-                                  const AdamwBounds& bounds, AdamwTensorStep& out) {
-  const StateFormats& f = tensor.formats;
-  const TensorScale m = next_scale(scaled_max(f.m), bounds.m);
-  const TensorScale v = next_scale(scaled_max(f.v), bounds.v);
-  const TensorScale master = next_scale(scaled_max(f.master), bounds.w);
-  const TensorScale weight = next_scale(scaled_max(f.weight), bounds.w);
+/// The scales that a tensor has after the step, their amax not yet measured.
+struct AdamwNewScales {
+  TensorScale weight, master, m, v;
+};
+
+/// What the update needs of a tensor, and its new scales.
+OCTET_HD inline AdamwNewScales begin_tensor(const AdamwScalars& step,
+                                            const AdamwGroupScalars& group, const StateFormats& f,
+                                            const AdamwOldScales& old, const AdamwBounds& bounds,
+                                            AdamwTensorStep& out) {
+  const AdamwNewScales next = {.weight = next_scale(scaled_max(f.weight), bounds.w),
+                               .master = next_scale(scaled_max(f.master), bounds.w),
+                               .m = next_scale(scaled_max(f.m), bounds.m),
+                               .v = next_scale(scaled_max(f.v), bounds.v)};
   out.group = group;
   out.gradient_inv = step.gradient_factor * old.gradient.scale_inv;
   out.m_inv = old.m.scale_inv;
-  out.m_scale = m.scale;
-  out.m_scale_inv = m.scale_inv;
+  out.m_scale = next.m.scale;
+  out.m_scale_inv = next.m.scale_inv;
   out.v_inv = old.v.scale_inv;
-  out.v_scale = v.scale;
-  out.v_scale_inv = v.scale_inv;
+  out.v_scale = next.v.scale;
+  out.v_scale_inv = next.v.scale_inv;
   out.master_inv = old.master.scale_inv;
-  out.master_scale = master.scale;
-  out.master_scale_inv = master.scale_inv;
-  out.weight_scale = weight.scale;
-  out.weight_scale_inv = weight.scale_inv;
+  out.master_scale = next.master.scale;
+  out.master_scale_inv = next.master.scale_inv;
+  out.weight_scale = next.weight.scale;
+  out.weight_scale_inv = next.weight.scale_inv;
   out.ordinary = is_ordinary(out, bounds) ? 1 : 0;
-  *tensor.m_scale = m;
-  *tensor.v_scale = v;
-  *tensor.master_scale = master;
-  *tensor.weight_scale = weight;
+  out.row = 0;
+  return next;
+}
+
+OCTET_HD inline void store_scales(const AdamwTensor& tensor, const AdamwNewScales& next) {
+  *tensor.weight_scale = next.weight;
+  *tensor.master_scale = next.master;
+  *tensor.m_scale = next.m;
+  *tensor.v_scale = next.v;
 }
 
 /// Gets a measured amax ready for the next gradient.

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// The formats for which the update has fast code on CUDA, and what else a tensor needs for it. The
+// kernels, Engine::plan() and the tests go by this list; every other combination takes general
+// code with the same bits.
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+#include <string>
+
+#include "octet/ops/adamw.hpp"
+
+namespace octet {
+
+/// Gradient and stored formats of a tensor.
+struct AdamwRow {
+  DType gradient = DType::f32;
+  StateFormats formats = {};
+  bool operator==(const AdamwRow&) const = default;
+};
+
+/// The levels' formats with the gradients of a whole and of a sharded optimizer, O2 with a
+/// transposed weight, and FP32 for what no level manages.
+inline constexpr AdamwRow kAdamwRows[] = {
+    // O2 and O3
+    {DType::e4m3, {WeightFormat::e4m3, StateFormat::f16, StateFormat::e4m3, StateFormat::f16}},
+    {DType::f32, {WeightFormat::e4m3, StateFormat::f16, StateFormat::e4m3, StateFormat::f16}},
+    {DType::e4m3,
+     {WeightFormat::e4m3_and_transpose, StateFormat::f16, StateFormat::e4m3, StateFormat::f16}},
+    // small_formats()
+    {DType::e4m3,
+     {WeightFormat::e4m3, StateFormat::split, StateFormat::e4m3_block,
+      StateFormat::sqrt_e4m3_block}},
+    {DType::f32,
+     {WeightFormat::e4m3, StateFormat::split, StateFormat::e4m3_block,
+      StateFormat::sqrt_e4m3_block}},
+    // O1
+    {DType::e4m3, {.weight = WeightFormat::e4m3, .master = StateFormat::f16}},
+    {DType::f32, {.weight = WeightFormat::e4m3, .master = StateFormat::f16}},
+    // O0
+    {DType::bf16, {.weight = WeightFormat::bf16}},
+    {DType::f32, {.weight = WeightFormat::bf16}},
+    // everything else
+    {DType::f32, {}}};
+
+/// Position in kAdamwRows counted from 1; 0 where there is no row.
+constexpr std::uint32_t adamw_row_of(DType gradient, const StateFormats& formats) {
+  std::uint32_t found = 0;
+  for (std::uint32_t i = 0; i < std::size(kAdamwRows); ++i) {
+    if (kAdamwRows[i] == AdamwRow{gradient, formats}) found = i + 1;
+  }
+  return found;
+}
+
+/// Buffers aligned to 16 bytes. (Segments start at multiples of 128 elements in every buffer.)
+OCTET_HD inline bool is_aligned_for_row(const AdamwTensor& t) {
+  const auto bits = [](const void* data) { return reinterpret_cast<std::uintptr_t>(data); };
+  return (bits(t.gradient) | bits(t.master) | bits(t.m) | bits(t.v) | bits(t.weight) |
+          bits(t.weight_transposed)) %
+             16 ==
+         0;
+}
+/// A transpose in whole vectors of a column and 32-bit offsets within a tile.
+OCTET_HD constexpr bool is_shaped_for_row(const AdamwTensor& t) {
+  return t.formats.weight != WeightFormat::e4m3_and_transpose ||
+         (t.rows % 8 == 0 && t.columns <= (std::int64_t{1} << 23));
+}
+
+/// Why the update of this tensor takes the general code on CUDA; empty where it does not. (Scales
+/// near the ends of FP32's range, which only a step knows, send single steps there too.) Host code;
+/// looks at the addresses of the buffers, not into them.
+std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig& config,
+                                    const AdamwHyper& hyper);
+
+}  // namespace octet
