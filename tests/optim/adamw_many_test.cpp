@@ -184,6 +184,32 @@ TEST_CASE("5,000 tensors have the bits of two optimizers that share them") {
   }
 }
 
+TEST_CASE("one tensor of many whose bound is not finite skips the step of all") {
+  constexpr int kCount = 200;  // more than two blocks of threads take
+  for (const Context& ctx : test_contexts()) {
+    Part part(ctx, {.seed = 3}, 0, kCount);
+    AdamwModel& model = part.model();
+    std::int64_t skipped = 0;
+    for (int i : {0, 63, 64, 127, 128, kCount - 1}) {
+      INFO("tensor " << i << " on " << to_string(ctx.device()));
+      part.set_gradients(1);
+      const auto before = model.all_bytes();
+      TensorScale* scale = model.gradient_view(i).scale;
+      const auto usual = download_one<TensorScale>(ctx, scale);
+      TensorScale infinite = usual;
+      infinite.amax = std::numeric_limits<float>::infinity();
+      write_one(ctx, scale, infinite);
+      model.step(kRate);
+      CHECK(model.scalars().skipped == ++skipped);
+      CHECK(first_difference(model.all_bytes(), before) == "");
+      write_one(ctx, scale, usual);
+      model.step(kRate);
+      CHECK(model.scalars().step == skipped);
+      CHECK(first_difference(model.all_bytes(), before) != "");
+    }
+  }
+}
+
 TEST_CASE("ranks that share a device step at the same time") {
   constexpr int kRanks = 4, kCount = 500;
   for (DeviceType device : rank_devices()) {

@@ -178,17 +178,22 @@ TEST_CASE("a norm below the limit, and no limit, leave the gradients alone") {
   }
 }
 
-TEST_CASE("a step whose learning rate is no number is skipped") {
+TEST_CASE("a step whose learning rate on the device is negative or no number is skipped") {
   for (const Context& ctx : test_contexts()) {
     AdamwModel model(ctx, {}, {{{100}, kO2, DType::f32}});
     model.initialise(0, normal_values(100, 19));
     model.set_gradient(0, std::vector<float>(100, 1.0f));
     const auto before = model.all_bytes();
-    const Buffer lr = upload<float>(ctx, {NAN});
-    model.optimizer().step({.lr = 1e-3f, .lr_device = lr.as<float>()});
-    CHECK(first_difference(model.all_bytes(), before) == "");
-    CHECK(model.scalars().step == 0);
-    CHECK(model.scalars().skipped == 1);
+    std::int64_t skipped = 0;
+    for (float rate : {NAN, INFINITY, -INFINITY, -1e-3f, -1e-45f}) {
+      const Buffer lr = upload<float>(ctx, {rate});
+      model.optimizer().step({.lr = 1e-3f, .lr_device = lr.as<float>()});
+      CHECK(first_difference(model.all_bytes(), before) == "");
+      CHECK(model.scalars().skipped == ++skipped);
+    }
+    const Buffer zero = upload<float>(ctx, {-0.0f});
+    model.optimizer().step({.lr_device = zero.as<float>()});
+    CHECK(model.scalars().step == 1);
   }
 }
 

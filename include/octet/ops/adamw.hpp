@@ -161,8 +161,7 @@ struct AdamwArgs {
   /// Modes and seed; the groups hold the hyper-parameters.
   AdamWConfig config = {};
   /// Learning rate: read from `lr_device` (device memory) by adamw_prepare when that is set, else
-  /// `lr`, which must be 0 or more. One that is not finite skips the step; the sign of the device's
-  /// is not checked.
+  /// `lr`, which must be 0 or more. One that is negative or not finite skips the step.
   float lr = 0.0f;
   const float* lr_device = nullptr;
   /// Gradients are scaled so that their norm is at most this; 0 means no clipping. When it is set,

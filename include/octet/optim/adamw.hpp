@@ -50,8 +50,8 @@ struct AdamWParam {
 
 struct AdamWStep {
   float lr = 0.0f;  ///< 0 or more; a captured graph keeps it
-  /// Device memory, read by the step instead of lr when set; if it is not finite the step is
-  /// skipped. Its sign is not checked.
+  /// Device memory, read by the step instead of lr when set; if it is negative or not finite the
+  /// step is skipped.
   const float* lr_device = nullptr;
   float max_norm = 0.0f;  ///< 0: no clipping
   /// Device word: not 0 skips the step. Set back to 0 by it.

@@ -72,10 +72,11 @@ OCTET_HD inline AdamwGroupScalars group_scalars(const AdamwHyper& group, bool de
   return s;
 }
 
-/// Whether the gradients or the learning rate forbid the step.
+/// Whether the gradients or the learning rate forbid the step. (A rate that the host gives is
+/// checked there; one below 0 would go up the gradient.)
 OCTET_HD inline bool must_skip(const AdamwScalars& s, const std::uint32_t* nonfinite) {
   return (nonfinite != nullptr && *nonfinite != 0) || !is_finite_bits(magnitude_bits(s.norm)) ||
-         !is_finite_bits(magnitude_bits(s.lr));
+         !is_finite_bits(magnitude_bits(s.lr)) || s.lr < 0.0f;
 }
 
 /// Records the decision and gets the flag ready for the next step.
