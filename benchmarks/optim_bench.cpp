@@ -17,8 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "build_info.hpp"
-#include "cuda_timing.hpp"
+#include "cuda_report.hpp"
 #include "octet/octet.hpp"
 #include "optim_model.hpp"
 
@@ -28,7 +27,6 @@ namespace {
 using octet::DType;
 using octet::Shape;
 
-constexpr std::size_t kCopyBytes = std::size_t{2} << 30;
 constexpr double kTorchTarget = 2.4;  ///< its time over that of O2
 const char* const kReference = "O2";
 const char* const kFasterThanReference = "blocks and split";
@@ -97,86 +95,18 @@ Timing measure_case(const octet::Context& ctx, const Case& c, const std::vector<
   return timing;
 }
 
-std::vector<double> measure_copy(const octet::Context& ctx, int repeats) {
-  const octet::Buffer from(ctx, kCopyBytes), to(ctx, kCopyBytes);
-  check(cudaMemsetAsync(from.data(), 0x5a, kCopyBytes, ctx.stream()), "cudaMemsetAsync");
-  return time_each(ctx, repeats, [&] {
-    check(
-        cudaMemcpyAsync(to.data(), from.data(), kCopyBytes, cudaMemcpyDeviceToDevice, ctx.stream()),
-        "cudaMemcpyAsync");
-  });
-}
-
-enum class Bound : std::uint8_t { at_least, at_most, below };
-
-struct Result {
-  std::string name, metric, unit;
-  double value = 0.0;
-  std::optional<double> target;
-  Bound bound = Bound::at_least;
-  double median_ms = 0.0;
-  std::optional<double> spread;
-  std::optional<std::size_t> bytes;
-  double bytes_per_parameter = 0.0;  ///< 0: not per parameter
-
-  double rate() const { return static_cast<double>(bytes.value_or(0)) / (median_ms * 1e9); }
-  bool met() const {
-    switch (bound) {
-      case Bound::at_least: return !target || value >= *target;
-      case Bound::at_most: return !target || value <= *target;
-      case Bound::below: break;
-    }
-    return !target || value < *target;
-  }
-};
-
 Result result_of(const Case& c, const Timing& timing, const std::vector<Shape>& shapes) {
   const std::size_t bytes = bytes_moved(c, shapes);
   const bool replay = is_replay(c.work);
-  return {
-      .name = c.name,
-      .metric = replay ? "graph replay" : "rate over that of a copy",
-      .unit = replay ? "us" : "1",
-      .target = c.target,
-      .bound = replay ? Bound::at_most : Bound::at_least,
-      .median_ms = timing.median_ms,
-      .spread = timing.spread,
-      .bytes = bytes,
-      .bytes_per_parameter = static_cast<double>(bytes) / static_cast<double>(numel_of(shapes))};
-}
-
-std::string text_of(const char* format, double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, format, value);
-  return text;
-}
-
-std::string table_row(const Result& r) {
-  const std::string unit = r.unit == "1" ? "" : " " + r.unit;
-  const char* sign = r.bound == Bound::at_least ? ">= " : r.bound == Bound::at_most ? "<= " : "< ";
-  std::string row = "| " + r.name;
-  row += " | " + (r.bytes_per_parameter > 0.0 ? text_of("%.6g", r.bytes_per_parameter) : "");
-  row += " | " + text_of("%.4f", r.median_ms);
-  row += " | " + (r.spread ? text_of("%.1f %%", 100.0 * *r.spread) : "");
-  row += " | " + (r.bytes ? text_of("%.3f", r.rate()) : "");
-  row += " | " + r.metric + " | " + text_of("%.4g", r.value) + unit;
-  row += " | " + (r.target ? sign + text_of("%g", *r.target) + unit : "");
-  row += std::string(" | ") + (!r.target ? "" : r.met() ? "yes" : "NO") + " |";
-  return row;
-}
-
-nlohmann::ordered_json json_row(const Result& r) {
-  using Json = nlohmann::ordered_json;
-  return {{"case", r.name},
-          {"metric", r.metric},
-          {"value", r.value},
-          {"unit", r.unit},
-          {"target", r.target ? Json(*r.target) : Json()},
-          {"met", r.target ? Json(r.met()) : Json()},
-          {"median_ms", r.median_ms},
-          {"spread", r.spread ? Json(*r.spread) : Json()},
-          {"bytes", r.bytes ? Json(*r.bytes) : Json()},
-          {"flops", nullptr}};
+  return {.name = c.name,
+          .metric = replay ? "graph replay" : "rate over that of a copy",
+          .unit = replay ? "us" : "1",
+          .target = c.target,
+          .bound = replay ? Bound::at_most : Bound::at_least,
+          .median_ms = timing.median_ms,
+          .spread = timing.spread,
+          .bytes = bytes,
+          .bytes_per_element = static_cast<double>(bytes) / static_cast<double>(numel_of(shapes))};
 }
 
 struct Options {
@@ -224,15 +154,7 @@ std::vector<Result> measure(const octet::Context& ctx, const Options& options,
     results.push_back(ratio);
   }
   for (double ms : measure_copy(ctx, options.repeats)) copies.push_back(ms);
-  const Timing copy_timing = timing_of(copies);
-  Result copy{.name = "copy",
-              .metric = "rate",
-              .unit = "TB/s",
-              .target = {},
-              .median_ms = copy_timing.median_ms,
-              .spread = copy_timing.spread,
-              .bytes = 2 * kCopyBytes};
-  copy.value = copy.rate();
+  const Result copy = copy_result(copies);
   for (Result& r : results) {
     if (r.unit == "us") r.value = r.median_ms * 1e3;
     if (r.metric == "rate over that of a copy") r.value = r.rate() / copy.rate();
@@ -249,26 +171,6 @@ std::vector<Result> measure(const octet::Context& ctx, const Options& options,
                        .bytes = {}});
   }
   return results;
-}
-
-void write_json(const Options& options, const std::string& device, std::int64_t parameters,
-                const std::optional<TorchResult>& torch, const std::vector<Result>& results) {
-  nlohmann::ordered_json rows = nlohmann::ordered_json::array();
-  for (const Result& r : results) rows.push_back(json_row(r));
-  const nlohmann::ordered_json document{
-      {"benchmark", "optim_bench"},
-      {"device", device},
-      {"parameters", parameters},
-      {"scale", options.scale},
-      {"repeats", options.repeats},
-      {"commit", octet::build_info::kCommit},
-      {"cuda", octet::build_info::kCuda},
-      {"torch", torch ? nlohmann::ordered_json(torch->version) : nlohmann::ordered_json()},
-      {"rows", rows}};
-  std::ofstream file(options.json);
-  file << document.dump(2) << '\n';
-  file.close();
-  octet::require(file.good(), "results cannot be written to ", options.json);
 }
 
 int run(const Options& options) {
@@ -293,11 +195,18 @@ int run(const Options& options) {
   std::printf("%s, %zu tensors of %lld parameters in total; small: %zu of %lld.\n\n",
               properties.name, shapes.size(), static_cast<long long>(numel_of(shapes)),
               small_shapes.size(), static_cast<long long>(numel_of(small_shapes)));
-  std::puts(
-      "| case | bytes/parameter | ms | spread | TB/s | metric | value | target | met |\n"
-      "|---|---|---|---|---|---|---|---|---|");
-  for (const Result& r : results) std::puts(table_row(r).c_str());
-  if (!options.json.empty()) write_json(options, properties.name, numel_of(shapes), torch, results);
+  print_table("parameter", results);
+  if (!options.json.empty()) {
+    using Json = nlohmann::ordered_json;
+    write_json(options.json,
+               {{"benchmark", "optim_bench"},
+                {"device", properties.name},
+                {"parameters", numel_of(shapes)},
+                {"scale", options.scale},
+                {"repeats", options.repeats},
+                {"torch", torch ? Json(torch->version) : Json()}},
+               results);
+  }
   return 0;
 }
 

@@ -21,6 +21,7 @@ const CudaPart& cuda_part() {
       .quantize = cuda::quantize,
       .convert = cuda::convert,
       .transpose = cuda::transpose,
+      .sum_columns = cuda::sum_columns,
       .measure_amax = cuda::measure_amax,
       .adamw_initialise = cuda::adamw_initialise,
       .adamw_measure = cuda::adamw_measure,

@@ -33,6 +33,7 @@ struct Backend {
   void (*quantize)(const Context&, const QuantizeArgs&);
   void (*convert)(const Context&, const ScaledView& in, const TensorView& out);
   void (*transpose)(const Context&, const TensorView& in, const TensorView& out);
+  void (*sum_columns)(const Context&, const TensorView& sums, const TensorView& out);
   void (*measure_amax)(const Context&, const TensorView& in, TensorScale* scale);
   void (*adamw_initialise)(const Context&, const AdamwInit&);
   void (*adamw_measure)(const Context&, const AdamwArgs&, float* sums);

@@ -19,6 +19,7 @@ const Backend& cpu_backend() {
       .quantize = cpu::quantize,
       .convert = cpu::convert,
       .transpose = cpu::transpose,
+      .sum_columns = cpu::sum_columns,
       .measure_amax = cpu::measure_amax,
       .adamw_initialise = cpu::adamw_initialise,
       .adamw_measure = cpu::adamw_measure,

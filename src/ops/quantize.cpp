@@ -45,6 +45,15 @@ void quantize(const Context& ctx, const QuantizeArgs& args) {
             name_of(args.transposed.dtype), ", the output ", name_of(out.dtype));
     check_transposed(args.in, args.transposed, "quantize");
   }
+  if (!args.column_sums.empty()) {
+    const TensorView& sums = args.column_sums;
+    check_device(ctx, sums, "quantize", "column_sums");
+    require(args.in.shape.rank() == 2, "quantize: column_sums need a matrix, not shape ",
+            args.in.shape);
+    const Shape expected{column_sum_rows(args.in.shape[0]), args.in.shape[1]};
+    require(sums.dtype == DType::f32 && sums.shape == expected, "quantize: column_sums are ",
+            name_of(sums.dtype), " ", sums.shape, "; they must be f32 ", expected);
+  }
   detail::backend_of(ctx).quantize(ctx, args);
 }
 
@@ -65,6 +74,18 @@ void transpose(const Context& ctx, const TensorView& in, const TensorView& out) 
           ", the output ", name_of(out.dtype), "; both must be the same of e4m3, e5m2");
   check_transposed(in, out, "transpose");
   if (out.numel() != 0) detail::backend_of(ctx).transpose(ctx, in, out);
+}
+
+void sum_columns(const Context& ctx, const TensorView& sums, const TensorView& out) {
+  check_device(ctx, sums, "sum_columns", "the input");
+  check_device(ctx, out, "sum_columns", "the output");
+  require(sums.dtype == DType::f32 && sums.shape.rank() == 2, "sum_columns: the input is ",
+          name_of(sums.dtype), " ", sums.shape, "; it must be f32 and a matrix");
+  require(is_wide(out.dtype), "sum_columns: the output is ", name_of(out.dtype),
+          "; allowed are f32, bf16, f16");
+  require(out.shape == Shape{sums.shape[1]}, "sum_columns: the output has shape ", out.shape,
+          "; it must be ", Shape{sums.shape[1]});
+  if (out.numel() != 0) detail::backend_of(ctx).sum_columns(ctx, sums, out);
 }
 
 void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale) {

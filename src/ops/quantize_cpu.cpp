@@ -47,6 +47,44 @@ void cast_transposed(const QuantizeArgs& args, float scale) {
   }
 }
 
+/// What QuantizeArgs::column_sums defines.
+template <class In>
+void sum_tiles(const QuantizeArgs& args) {
+  constexpr std::int64_t kRows = 128, kLanes = 16;
+  const auto* in = args.in.as<const typename In::Storage>();
+  const std::int64_t rows = args.in.shape[0], columns = args.in.shape[1];
+  const std::int64_t panels = column_sum_rows(rows);
+#pragma omp parallel for if (rows * columns > 65536)
+  for (std::int64_t panel = 0; panel < panels; ++panel) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      float lanes[kLanes] = {};
+      for (std::int64_t r = 0; r < kRows && panel * kRows + r < rows; ++r) {
+        lanes[r % kLanes] += In::decode(in[(panel * kRows + r) * columns + c]);
+      }
+      for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
+        for (std::int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+      }
+      args.column_sums.as<float>()[panel * columns + c] = unscaled(lanes[0], 1.0f);
+    }
+  }
+}
+
+template <class In, class Out>
+void count(const QuantizeArgs& args, float scale) {
+  const auto* in = args.in.as<const typename In::Storage>();
+  const std::int64_t numel = args.in.numel();
+  std::uint64_t saturated = 0, flushed = 0;
+#pragma omp parallel for reduction(+ : saturated, flushed) if (numel > 65536)
+  for (std::int64_t i = 0; i < numel; ++i) {
+    const float value = In::decode(in[i]);
+    const float scaled = value * scale;
+    saturated += is_saturated(scaled, Out::kMax) ? 1 : 0;
+    flushed += is_flushed(value, Out::encode(scaled) & 0x7Fu) ? 1 : 0;
+  }
+  args.counters->saturated += saturated;
+  args.counters->flushed += flushed;
+}
+
 // A tile of rows at a time keeps the source lines in cache.
 void transpose_bytes(const std::uint8_t* in, std::uint8_t* out, std::int64_t rows,
                      std::int64_t columns) {
@@ -68,10 +106,16 @@ void transpose_bytes(const std::uint8_t* in, std::uint8_t* out, std::int64_t row
 void quantize(const Context&, const QuantizeArgs& args) {
   const float amax = amax_of(args.in);
   TensorScale& scale = *args.out.scale;
-  scale = rescaled(scale, amax, args.out.data.dtype);
+  if (args.scaling == Scaling::current) {
+    scale = rescaled(scale, amax, args.out.data.dtype);
+  } else if (magnitude_bits(amax) > magnitude_bits(scale.amax)) {
+    scale.amax = amax;
+  }
   if (args.nonfinite != nullptr && !is_finite_bits(magnitude_bits(amax))) *args.nonfinite = 1;
   for_dtype(args.in.dtype, [&]<class In>(In) {
+    if (!args.column_sums.empty()) sum_tiles<In>(args);
     auto run = [&]<class Out>(Out) {
+      if (args.counters != nullptr) count<In, Out>(args, scale.scale);
       if (!args.out.data.empty()) cast<In, Out>(args, scale.scale);
       if (args.transposed.empty()) return;
       if (args.out.data.empty()) {
@@ -106,6 +150,18 @@ void convert(const Context&, const ScaledView& in, const TensorView& out) {
 
 void transpose(const Context&, const TensorView& in, const TensorView& out) {
   transpose_bytes(in.as<const std::uint8_t>(), out.as<std::uint8_t>(), in.shape[0], in.shape[1]);
+}
+
+void sum_columns(const Context&, const TensorView& sums, const TensorView& out) {
+  const auto* from = sums.as<const float>();
+  const std::int64_t panels = sums.shape[0], columns = sums.shape[1];
+  for_dtype(out.dtype, [&]<class Out>(Out) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      double sum = 0.0;
+      for (std::int64_t p = 0; p < panels; ++p) sum += static_cast<double>(from[p * columns + c]);
+      out.as<typename Out::Storage>()[c] = Out::encode(unscaled(static_cast<float>(sum), 1.0f));
+    }
+  });
 }
 
 void measure_amax(const Context&, const TensorView& in, TensorScale* scale) {

@@ -5,6 +5,19 @@
 
 namespace octet {
 
+/// Where the scale of a cast comes from.
+enum class Scaling : std::uint8_t {
+  current,  ///< the input's own amax, measured first
+  given     ///< the scale as it stands, as delayed scaling has it
+};
+
+/// Elements that a cast could not keep, in device memory. Casts add to them; nobody takes them
+/// down.
+struct CastCounters {
+  std::uint64_t saturated = 0;  ///< magnitudes, infinity included, above the largest code
+  std::uint64_t flushed = 0;    ///< values other than zero that became zero
+};
+
 struct QuantizeArgs {
   /// f32, bf16 or f16; rank 2 [R, C] where `transposed` is asked for, else any shape.
   TensorView in = {};
@@ -16,12 +29,23 @@ struct QuantizeArgs {
   TensorView transposed = {};
   /// Optional device word, set to 1 when `in` holds a NaN or an infinity.
   std::uint32_t* nonfinite = nullptr;
+  Scaling scaling = Scaling::current;
+  /// Optional, device memory.
+  CastCounters* counters = nullptr;
+  /// Optional sums of the columns of a matrix `in` [R, C], for the gradient of a bias: f32
+  /// [R / 128 rounded up, C], each of 128 rows, which sum_columns() adds up. Of 128 rows lane l of
+  /// 16 adds rows l, l + 16, ... one after the other, then a binary tree over the lanes, in FP32.
+  TensorView column_sums = {};
 };
 
-/// Casts a tensor to FP8 with current scaling: amax, then scale = 2^(exponent of maximum / amax),
-/// then stored = saturate(value * scale), round to nearest even. Writes scale, scale_inv and amax
-/// (of the input). amax 0 gives scale 1. A non-finite amax keeps the scale and raises the flag;
-/// NaN stays NaN in the output, infinity saturates.
+/// Casts a tensor to FP8: stored = saturate(value * scale), round to nearest even. NaN stays NaN,
+/// infinity saturates; either raises the flag.
+/// With current scaling, amax first, then scale = 2^(exponent of maximum / amax). Writes scale,
+/// scale_inv and amax (of the input). amax 0 gives scale 1; one that is not finite keeps the scale.
+/// With a given scale that is used as it is, and its amax raised to the input's, so that several
+/// casts with one scale record the largest; whoever sets the scale takes amax down.
+/// On CUDA one pass over the input with a given scale, and with current scaling where it fits in
+/// the registers of the device (on an H100 6.5 million elements of 16 bits, 4.3 of 32); else two.
 /// Stream-ordered, no synchronisation. Deterministic, equal bits on CPU and CUDA.
 /// Throws octet::Error for dtypes, shapes or devices that do not fit.
 /// Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433); power-of-two scales as in MS-AMP.
@@ -37,11 +61,17 @@ void convert(const Context& ctx, const ScaledView& in, const TensorView& out);
 /// along the contraction (Hopper). Stream-ordered. Exact.
 void transpose(const Context& ctx, const TensorView& in, const TensorView& out);
 
+/// Adds up the rows of QuantizeArgs::column_sums [P, C] into out [C] (f32, bf16 or f16): one after
+/// the other in double, then rounded. Stream-ordered. Deterministic, equal bits on CPU and CUDA.
+void sum_columns(const Context& ctx, const TensorView& sums, const TensorView& out);
+
 /// amax of a tensor (f32, bf16, f16) into scale->amax as measured before the cast, leaving scale
 /// and scale_inv alone. NaN and infinity stay visible in it. Stream-ordered, deterministic.
 void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale);
 
 /// Rows of a transposed copy: `rows` rounded up to the multiple of 16 that FP8 GEMMs contract over.
 constexpr std::int64_t padded_rows(std::int64_t rows) { return (rows + 15) / 16 * 16; }
+/// Rows of QuantizeArgs::column_sums for an input of `rows` rows.
+constexpr std::int64_t column_sum_rows(std::int64_t rows) { return (rows + 127) / 128; }
 
 }  // namespace octet

@@ -44,6 +44,16 @@ OCTET_HD inline float stored_amax(const TensorScale& s, DType dtype) {
   }
 }
 
+/// Whether a cast cannot keep a scaled value because it is too large. NaN is not.
+OCTET_HD inline bool is_saturated(float scaled, float maximum) {
+  const std::uint32_t magnitude = magnitude_bits(scaled);
+  return magnitude > float_bits(maximum) && magnitude <= 0x7F800000u;
+}
+/// Whether a value other than zero has become zero; `code` without its sign.
+OCTET_HD inline bool is_flushed(float value, std::uint32_t code) {
+  return code == 0 && magnitude_bits(value) != 0;
+}
+
 /// Current scaling: the scale that follows from an amax. A non-finite amax keeps the scale.
 OCTET_HD inline TensorScale rescaled(TensorScale old, float amax, DType dtype) {
   TensorScale next = old;

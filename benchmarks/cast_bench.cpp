@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+// Times of the casts to FP8 on CUDA device 0 against the rate of a copy: row-major, transposed and
+// both, with a scale that is given and with current scaling, from memory and from the cache.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <iostream>
+#include <memory>
+
+#include "cuda_report.hpp"
+#include "octet/ops/quantize.hpp"
+#include "octet/runtime/tensor.hpp"
+
+namespace bench {
+namespace {
+
+using octet::DType;
+using octet::Scaling;
+using octet::Shape;
+using octet::TensorView;
+
+enum class Copies : std::uint8_t { row, transposed, both };
+
+const char* name_of(Copies copies) {
+  constexpr const char* kNames[] = {"row", "transposed", "both"};
+  return kNames[static_cast<int>(copies)];
+}
+
+struct Case {
+  Shape shape;
+  DType in = DType::bf16;
+  Copies copies = Copies::both;
+  Scaling scaling = Scaling::given;
+  bool sums = false, counts = false;
+  /// Inputs that take turns, so that none is in the cache when it is read; 1: the input stays
+  /// there.
+  int inputs = 1;
+  /// Casts in a captured graph; 0: enqueued one by one.
+  int captured = 0;
+  /// Fraction of the copy's rate; of captured ones microseconds.
+  std::optional<double> target = {};
+
+  std::string name() const {
+    std::string text = std::string(octet::name_of(in)) + " " + to_string(shape) + " " +
+                       name_of(copies) + (scaling == Scaling::given ? "" : ", current");
+    if (sums) text += ", column sums";
+    if (counts) text += ", counters";
+    if (captured != 0) text += inputs == 1 ? ", graph, warm" : ", graph, cold";
+    return text;
+  }
+  /// Each once: current scaling too wants its input read once.
+  std::size_t bytes() const {
+    const std::size_t out = copies == Copies::both ? 2 : 1;
+    return static_cast<std::size_t>(shape.numel()) * (size_of(in) + out);
+  }
+};
+
+std::vector<Case> all_cases() {
+  const Shape large{8192, 8192}, middle{8192, 4096}, small{2048, 2048};
+  std::vector<Case> cases;
+  for (DType in : {DType::bf16, DType::f32}) {
+    for (const Shape& shape : {large, middle}) {
+      for (Copies copies : {Copies::row, Copies::transposed, Copies::both}) {
+        cases.push_back({.shape = shape, .in = in, .copies = copies, .target = 0.85});
+      }
+    }
+  }
+  cases.push_back({.shape = large, .sums = true});
+  cases.push_back({.shape = large, .counts = true});
+  for (const Shape& shape : {large, middle, Shape{2048, 3072}}) {
+    cases.push_back({.shape = shape, .scaling = Scaling::current});
+  }
+  cases.push_back({.shape = small, .captured = 20, .target = 5.0});
+  cases.push_back({.shape = small, .inputs = 40, .captured = 40, .target = 8.0});
+  cases.push_back({.shape = small, .scaling = Scaling::current, .captured = 20});
+  return cases;
+}
+
+/// Buffers of a case with random inputs.
+class Model {
+ public:
+  Model(const octet::Context& ctx, const Case& c) : ctx_(ctx), case_(c) {
+    const Shape turned{c.shape[1], octet::padded_rows(c.shape[0])};
+    const octet::Tensor wide(ctx, DType::f32, c.shape);
+    for (int i = 0; i < c.inputs; ++i) {
+      fill_random(wide, static_cast<std::uint32_t>(i));
+      inputs_.emplace_back(ctx, c.in, c.shape);
+      octet::convert(ctx, {wide, nullptr}, inputs_.back());
+      outputs_.emplace_back(ctx, DType::e4m3, c.shape);
+      transposed_.push_back(c.copies == Copies::row ? octet::Tensor()
+                                                    : octet::Tensor(ctx, DType::e4m3, turned));
+    }
+    if (c.sums) {
+      sums_ = octet::Tensor(ctx, DType::f32, {octet::column_sum_rows(c.shape[0]), c.shape[1]});
+    }
+    counters_ = octet::Buffer(ctx, sizeof(octet::CastCounters));
+    check(cudaMemsetAsync(counters_.data(), 0, counters_.bytes(), ctx.stream()), "cudaMemset");
+  }
+
+  void run() {
+    const auto i = next_++ % inputs_.size();
+    octet::QuantizeArgs args{.in = inputs_[i], .out = outputs_[i].view()};
+    if (case_.copies == Copies::transposed) args.out.data.data = nullptr;
+    args.transposed = transposed_[i].view();
+    args.scaling = case_.scaling;
+    args.column_sums = sums_.view();
+    if (case_.counts) args.counters = counters_.as<octet::CastCounters>();
+    octet::quantize(ctx_, args);
+  }
+
+ private:
+  /// Of one magnitude, so that a scale of 1 is a good one.
+  void fill_random(const TensorView& out, std::uint32_t seed) const {
+    std::vector<float> block(1 << 16);
+    std::uint32_t state = 2654435761u * (seed + 1);
+    for (float& x : block) {
+      state = state * 1664525u + 1013904223u;
+      x = static_cast<float>(static_cast<std::int32_t>(state)) * 0x1p-24f;
+    }
+    const auto count = static_cast<std::size_t>(out.numel());
+    for (std::size_t at = 0; at < count; at += block.size()) {
+      check(cudaMemcpyAsync(out.as<float>() + at, block.data(),
+                            std::min(block.size(), count - at) * sizeof(float),
+                            cudaMemcpyHostToDevice, ctx_.stream()),
+            "cudaMemcpyAsync");
+    }
+    ctx_.synchronize();
+  }
+
+  octet::Context ctx_;
+  Case case_;
+  std::vector<octet::Tensor> inputs_, transposed_;
+  std::vector<octet::ScaledTensor> outputs_;
+  octet::Tensor sums_;
+  octet::Buffer counters_;
+  std::size_t next_ = 0;
+};
+
+Result measure_case(const octet::Context& ctx, const Case& c, int repeats) {
+  Model model(ctx, c);
+  Result result{.name = c.name(),
+                .metric = c.captured != 0 ? "a cast of a graph" : "rate over that of a copy",
+                .unit = c.captured != 0 ? "us" : "1",
+                .target = c.target,
+                .bound = c.captured != 0 ? Bound::at_most : Bound::at_least,
+                .spread = {},
+                .bytes = c.bytes()};
+  result.bytes_per_element = static_cast<double>(c.bytes()) / static_cast<double>(c.shape.numel());
+  Timing timing;
+  if (c.captured == 0) {
+    timing = timing_of(time_each(ctx, repeats, [&] { model.run(); }));
+  } else {
+    const Graph graph(ctx.stream(), [&] {
+      for (int i = 0; i < c.captured; ++i) model.run();
+    });
+    timing = timing_of(time_each(ctx, repeats, [&] { graph.replay(); }));
+    timing.median_ms /= c.captured;
+  }
+  result.median_ms = timing.median_ms;
+  result.spread = timing.spread;
+  return result;
+}
+
+struct Options {
+  std::string json;
+  int repeats = 21;
+};
+
+int run(const Options& options) {
+  octet::require(options.repeats >= 1, "--repeats ", options.repeats, ": must be at least 1");
+  octet::require(octet::cuda_device_count() > 0, "there is no CUDA device that this build can use");
+  const Stream stream;
+  const octet::Context ctx = octet::Context::cuda(0, stream.get());
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  std::vector<double> copies = measure_copy(ctx, options.repeats);
+  std::vector<Result> results;
+  for (const Case& c : all_cases()) results.push_back(measure_case(ctx, c, options.repeats));
+  for (double ms : measure_copy(ctx, options.repeats)) copies.push_back(ms);
+  const Result copy = copy_result(copies);
+  for (Result& r : results) {
+    r.value = r.unit == "us" ? r.median_ms * 1e3 : r.rate() / copy.rate();
+  }
+  results.push_back(copy);
+  std::printf("%s\n\n", properties.name);
+  print_table("element", results);
+  if (!options.json.empty()) {
+    write_json(
+        options.json,
+        {{"benchmark", "cast_bench"}, {"device", properties.name}, {"repeats", options.repeats}},
+        results);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace bench
+
+int main(int argc, char** argv) {
+  bench::Options options;
+  CLI::App app("Time of the casts to FP8 on CUDA device 0 against the rate of a copy.");
+  app.add_option("--repeats", options.repeats, "Timed runs of each case (default: 21)");
+  app.add_option("--json", options.json, "Write the results to this file");
+  try {
+    app.parse(argc, argv);
+    return bench::run(options);
+  } catch (const CLI::CallForHelp&) {
+    std::cout << app.help();
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "cast_bench: %s\n", error.what());
+    return 1;
+  }
+}
