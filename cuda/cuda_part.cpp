@@ -22,6 +22,7 @@ const CudaPart& cuda_part() {
       .convert = cuda::convert,
       .transpose = cuda::transpose,
       .sum_columns = cuda::sum_columns,
+      .delayed_update = cuda::delayed_update,
       .measure_amax = cuda::measure_amax,
       .adamw_initialise = cuda::adamw_initialise,
       .adamw_measure = cuda::adamw_measure,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "octet/ops/adamw.hpp"
+#include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"
 #include "octet/runtime/context.hpp"
@@ -34,6 +35,7 @@ struct Backend {
   void (*convert)(const Context&, const ScaledView& in, const TensorView& out);
   void (*transpose)(const Context&, const TensorView& in, const TensorView& out);
   void (*sum_columns)(const Context&, const TensorView& sums, const TensorView& out);
+  void (*delayed_update)(const Context&, const DelayedArgs&);
   void (*measure_amax)(const Context&, const TensorView& in, TensorScale* scale);
   void (*adamw_initialise)(const Context&, const AdamwInit&);
   void (*adamw_measure)(const Context&, const AdamwArgs&, float* sums);

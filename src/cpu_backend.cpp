@@ -20,6 +20,7 @@ const Backend& cpu_backend() {
       .convert = cpu::convert,
       .transpose = cpu::transpose,
       .sum_columns = cpu::sum_columns,
+      .delayed_update = cpu::delayed_update,
       .measure_amax = cpu::measure_amax,
       .adamw_initialise = cpu::adamw_initialise,
       .adamw_measure = cpu::adamw_measure,

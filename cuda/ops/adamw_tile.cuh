@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// In which order the update goes through a segment: tile by tile where it also writes the transposed
-// weight.
+// In which order the update goes through a segment: tile by tile where it also writes the
+// transposed weight.
 #pragma once
 
 #include "cuda/device/byte_tile.cuh"
 #include "octet/ops/detail/adamw_element.hpp"
 
 namespace octet::detail::cuda {
+
+/// Side of a tile: what a block of threads handles of a weight that is also written transposed.
+constexpr std::int64_t kTile = kTileRows;
 
 /// The elements of a segment as blocks of 128: where the first starts and how far the next is.
 /// Usually they follow one another; for a transposed weight they are the rows of a 128 x 128 tile

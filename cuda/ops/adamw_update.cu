@@ -50,7 +50,7 @@ __device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_
   const int vectors = kHasBlocks ? count / kStateBlock * kBlockThreads : count / kVector;
   const int stride = static_cast<int>(walk.stride);
   const int in_block = threadIdx.x % kBlockThreads;
-  __shared__ uint2 tile[kTransposes ? kTileVectors : 1];
+  __shared__ ByteTile<kTransposes ? kBlockThreads : 1> tile;
   LargestOnTop largest;
   const int lane = threadIdx.x % 32;
   int i = threadIdx.x / kBlockThreads * stride + in_block * kVector;
@@ -107,13 +107,13 @@ __device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_
     codes.store(work.streams, place);
     if constexpr (kTransposes) {
       const unsigned row = vector / kBlockThreads;
-      tile[place_in_tile(row, in_block)] = {codes.weight.word[0], codes.weight.word[1]};
+      tile.at(row, in_block) = {codes.weight.word[0], codes.weight.word[1]};
     }
   }
   if constexpr (kTransposes) {
     const std::int64_t row = walk.first / t.columns, column = walk.first % t.columns;
-    store_transposed(tile, static_cast<std::uint8_t*>(t.weight_transposed) + column * t.rows + row,
-                     t.rows, kTile, kTile, true);
+    tile.store_transposed(static_cast<std::uint8_t*>(t.weight_transposed) + column * t.rows + row,
+                          t.rows, tile.kColumns, kTileRows, true);
   }
   if (kHasBlocks) {
     (in_block < kBlockThreads / 2 ? of_thread.m : of_thread.v) = largest.inv;

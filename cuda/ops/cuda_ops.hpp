@@ -10,6 +10,7 @@ void quantize(const Context& ctx, const QuantizeArgs& args);
 void convert(const Context& ctx, const ScaledView& in, const TensorView& out);
 void transpose(const Context& ctx, const TensorView& in, const TensorView& out);
 void sum_columns(const Context& ctx, const TensorView& sums, const TensorView& out);
+void delayed_update(const Context& ctx, const DelayedArgs& args);
 void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale);
 void adamw_initialise(const Context& ctx, const AdamwInit& init);
 void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);

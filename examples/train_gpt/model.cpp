@@ -103,15 +103,23 @@ void Gpt::register_parameters(octet::Engine& engine, std::uint64_t seed) {
   engine.freeze();
 }
 
+void Gpt::end_step() {
+  if (delayed_) delayed_->update();
+}
+
 void Gpt::allocate(octet::GemmRegistry& gemms) {
   const std::int64_t width = config_.width;
+  std::vector<octet::DelayedScaling::Entry> scales;
   const auto make_linear = [&](Matrix& matrix) {
     matrix.linear.emplace(
         gemms, octet::LinearConfig{.in_features = matrix.weight.shape[1],
                                    .out_features = matrix.weight.shape[0],
                                    .max_tokens = tokens_,
                                    .weight_dtype = engine_.weight(matrix.weight.id).data.dtype,
+                                   .gradient_dtype = config_.fp8.gradient_dtype,
+                                   .scaling = config_.fp8.scaling,
                                    .nonfinite = engine_.nonfinite_flag()});
+    for (const auto& entry : matrix.linear->delayed_entries()) scales.push_back(entry);
   };
   const auto make_norm = [&](Norm& norm) {
     norm.mean = floats(tokens_);
@@ -129,6 +137,9 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   }
   make_norm(final_norm_);
   make_linear(head_);
+  if (config_.fp8.scaling == octet::Scaling::given) {
+    delayed_.emplace(ctx_, config_.fp8.delayed, scales);
+  }
   last_ = floats(tokens_ * width);
   narrow_ = floats(tokens_ * width);
   wide_ = floats(tokens_ * 4 * width);

@@ -12,11 +12,19 @@
 
 namespace train_gpt {
 
+/// How FP8 matrix products scale activations and their gradients, and in which formats.
+struct Fp8Recipe {
+  octet::Scaling scaling = octet::Scaling::current;
+  octet::DType gradient_dtype = octet::DType::e5m2;
+  octet::DelayedScalingConfig delayed = {};
+};
+
 struct GptConfig {
   int layers = 0;
   int width = 0;
   int heads = 0;
   int context = 0;
+  Fp8Recipe fp8 = {};
 };
 
 constexpr std::int64_t kVocabulary = 256;  // bytes
@@ -35,6 +43,8 @@ class Gpt {
   void forward(const Windows& windows, float* loss);
   /// Gradients of the last forward(), handed to the engine one by one.
   void backward(const Windows& windows);
+  /// To be called after every step of the engine: with delayed scaling the next scales.
+  void end_step();
 
  private:
   /// A parameter of the engine.
@@ -84,6 +94,7 @@ class Gpt {
   std::int64_t tokens_;
   AttentionShape attention_;
 
+  std::optional<octet::DelayedScaling> delayed_;
   Weight token_table_, position_table_;
   std::vector<Block> blocks_;
   Norm final_norm_;

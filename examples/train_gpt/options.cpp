@@ -20,11 +20,11 @@ using octet::require;
 
 /// The command line as text and numbers; what was not given has the device's default later.
 struct Arguments {
-  std::string data, json, device = "auto";
+  std::string data, json, device = "auto", fp8_recipe = "tensorwise", fp8_format = "hybrid";
   std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
   std::optional<int> ranks, layers, width, heads, context, batch;
   std::optional<float> lr;
-  int steps = 300, log_every = 20;
+  int steps = 300, log_every = 20, amax_history_len = 1024;
   std::int64_t seed = 1;
 };
 
@@ -63,6 +63,13 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--seed", a.seed, "Seed of weights, batches and rounding (default: 1)");
   app.add_option("--log-every", a.log_every,
                  "Steps between progress lines in a file (default: 20)");
+  app.add_option("--fp8-recipe", a.fp8_recipe,
+                 "Scales of FP8 activations and their gradients: tensorwise (their own amax) or "
+                 "delayed (the largest of the steps before; default: tensorwise)");
+  app.add_option("--fp8-format", a.fp8_format,
+                 "hybrid (gradients of activations in E5M2) or e4m3 (default: hybrid)");
+  app.add_option("--amax-history-len", a.amax_history_len,
+                 "Steps that delayed scaling looks back (default: 1024)");
   app.add_option("--json", a.json, "Write the results to this file");
   try {
     app.parse(argc, argv);
@@ -82,6 +89,19 @@ Setup setup_of(const std::string& name) {
     if (name == octet::name_of(level)) return {name, level};
   }
   octet::fail("--levels ", name, ": must be O0, O1, O2, O3 or small");
+}
+
+Fp8Recipe recipe_of(const Arguments& a) {
+  require(a.fp8_recipe == "tensorwise" || a.fp8_recipe == "delayed", "--fp8-recipe ", a.fp8_recipe,
+          ": must be tensorwise or delayed");
+  require(a.fp8_format == "hybrid" || a.fp8_format == "e4m3", "--fp8-format ", a.fp8_format,
+          ": must be hybrid or e4m3");
+  require(a.amax_history_len >= 1, "--amax-history-len ", a.amax_history_len,
+          ": must be at least 1");
+  const bool is_delayed = a.fp8_recipe == "delayed";
+  return {.scaling = is_delayed ? octet::Scaling::given : octet::Scaling::current,
+          .gradient_dtype = a.fp8_format == "e4m3" ? octet::DType::e4m3 : octet::DType::e5m2,
+          .delayed = {.amax_history_len = a.amax_history_len}};
 }
 
 DeviceType choose_device(const std::string& text) {
@@ -154,7 +174,8 @@ std::optional<Options> parse_options(int argc, char** argv) {
   options.model = {.layers = arguments.layers.value_or(defaults.model.layers),
                    .width = arguments.width.value_or(defaults.model.width),
                    .heads = arguments.heads.value_or(defaults.model.heads),
-                   .context = arguments.context.value_or(defaults.model.context)};
+                   .context = arguments.context.value_or(defaults.model.context),
+                   .fp8 = recipe_of(arguments)};
   options.batch = arguments.batch.value_or(defaults.batch);
   options.steps = arguments.steps;
   options.lr = arguments.lr.value_or(defaults.lr);

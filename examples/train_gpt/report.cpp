@@ -32,6 +32,8 @@ nlohmann::ordered_json to_json(const RunResult& run) {
           {"ranks", run.ranks},
           {"device", name_of(run.device)},
           {"parameters", run.parameters},
+          {"fp8_recipe", run.fp8.scaling == octet::Scaling::given ? "delayed" : "tensorwise"},
+          {"fp8_format", run.fp8.gradient_dtype == octet::DType::e4m3 ? "e4m3" : "hybrid"},
           {"val_loss", run.validation_loss},
           {"losses", run.losses},
           {"state_bytes_per_parameter", run.state_bytes_managed.measured},

@@ -119,8 +119,10 @@ class RankTrainer {
     const Windows windows = upload(data_.training_windows(options_.seed, step, rank_ * rows, rows));
     model_.forward(windows, losses_.as<float>() + step);
     model_.backward(windows);
-    return engine_.step(
+    octet::StepResult result = engine_.step(
         {.lr = learning_rate(options_.lr, step, options_.steps), .max_norm = kMaxNorm});
+    model_.end_step();
+    return result;
   }
 
   /// The same batches for every level and number of ranks; the ranks take turns.
@@ -192,6 +194,7 @@ RunResult summarise(const Options& options, const Setup& setup,
   result.ranks = options.ranks;
   result.device = options.device;
   result.parameters = first.plan.parameters;
+  result.fp8 = options.model.fp8;
   result.fp8_gemms_per_step = static_cast<double>(first.fp8_gemms) / options.steps;
   result.step_seconds = first.step_seconds;
   result.skipped_steps = first.skipped_steps;

@@ -19,6 +19,8 @@
 #include "octet/gemm/gemm.hpp"
 #include "octet/nn/linear.hpp"
 #include "octet/ops/adamw.hpp"
+#include "octet/ops/adamw_rows.hpp"
+#include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"
 #include "octet/ops/segment.hpp"

@@ -38,6 +38,8 @@ void check_config(const LinearConfig& c) {
   require(c.max_tokens >= 0, "Linear: max_tokens is ", c.max_tokens, "; it must not be negative");
   require(c.weight_dtype == DType::e4m3 || c.weight_dtype == DType::bf16,
           "Linear: weight_dtype is ", name_of(c.weight_dtype), "; e4m3 and bf16 are allowed");
+  require(is_fp8(c.gradient_dtype), "Linear: gradient_dtype is ", name_of(c.gradient_dtype),
+          "; e5m2 and e4m3 are allowed");
   if (c.weight_dtype == DType::bf16) return;
   const auto check_feature = [](const char* name, std::int64_t value) {
     require(value % 16 == 0, "Linear: ", name, " is ", value,
@@ -69,7 +71,7 @@ void Linear::check_backends() const {
   const std::int64_t k = config_.in_features, n = config_.out_features;
   const bool transposes = !fp8();
   const DType w = config_.weight_dtype;
-  const DType gradient = fp8() ? DType::e5m2 : w;
+  const DType gradient = fp8() ? config_.gradient_dtype : w;
   const std::int64_t contracted = fp8() ? padded_rows(tokens) : tokens;
   const GemmProblem problems[] = {
       {.m = tokens, .n = n, .k = k, .a = w, .b = w},
@@ -138,9 +140,22 @@ void Linear::forward(const TensorView& x, const ScaledView& weight, const Tensor
   WorkspaceScope scope(ctx);
   TensorScale* scale = scales_.as<TensorScale>();
   const TensorView codes = scope.take(dtype, {tokens, k});
-  quantize(ctx, {x, {codes, scale}, saved(), config_.nonfinite});
+  quantize(ctx, {x, {codes, scale}, saved(), config_.nonfinite, scaling_of(x_has_scale_)});
   gemms_.run(problem,
              {codes.data, &scale->scale_inv, weight.data.data, &weight.scale->scale_inv, y.data});
+}
+
+/// Of a cast whose scale may not be set yet.
+Scaling Linear::scaling_of(bool& has_scale) {
+  const Scaling scaling = has_scale ? config_.scaling : Scaling::current;
+  has_scale = true;
+  return scaling;
+}
+
+std::vector<DelayedScaling::Entry> Linear::delayed_entries() const {
+  if (!fp8()) return {};
+  TensorScale* scale = scales_.as<TensorScale>();
+  return {{scale, DType::e4m3}, {scale + 1, config_.gradient_dtype}};
 }
 
 void Linear::backward(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
@@ -164,22 +179,27 @@ void Linear::backward_fp8(const TensorView& dy, const ScaledView& weight, const 
   WorkspaceScope scope(ctx);
   TensorScale* x_scale = scales_.as<TensorScale>();
   TensorScale* dy_scale = x_scale + 1;
-  TensorView codes{nullptr, DType::e5m2, dy.shape, ctx.device()};
+  const DType gradient = config_.gradient_dtype;
+  TensorView codes{nullptr, gradient, dy.shape, ctx.device()};
   TensorView codes_transposed;
-  if (!dx.empty()) codes = scope.take(DType::e5m2, dy.shape);
-  if (!dw.empty()) codes_transposed = scope.take(DType::e5m2, {n, padded});
-  if (tokens_ > 0) quantize(ctx, {dy, {codes, dy_scale}, codes_transposed, config_.nonfinite});
+  if (!dx.empty()) codes = scope.take(gradient, dy.shape);
+  if (!dw.empty()) codes_transposed = scope.take(gradient, {n, padded});
+  if (tokens_ > 0) {
+    quantize(
+        ctx,
+        {dy, {codes, dy_scale}, codes_transposed, config_.nonfinite, scaling_of(dy_has_scale_)});
+  }
 
   if (!dx.empty()) {
     const TensorView transposed = scope.take(DType::e4m3, {k, padded_rows(n)});
     transpose(ctx, weight.data, transposed);
     gemms_.run(
-        {.m = tokens_, .n = k, .k = n, .a = DType::e5m2, .b = DType::e4m3, .d = dx.dtype},
+        {.m = tokens_, .n = k, .k = n, .a = gradient, .b = DType::e4m3, .d = dx.dtype},
         {codes.data, &dy_scale->scale_inv, transposed.data, &weight.scale->scale_inv, dx.data});
   }
   if (!dw.empty()) {
     gemms_.run(
-        {.m = n, .n = k, .k = padded, .a = DType::e5m2, .b = DType::e4m3, .d = dw.dtype},
+        {.m = n, .n = k, .k = padded, .a = gradient, .b = DType::e4m3, .d = dw.dtype},
         {codes_transposed.data, &dy_scale->scale_inv, saved().data, &x_scale->scale_inv, dw.data});
   }
 }

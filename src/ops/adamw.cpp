@@ -40,11 +40,14 @@ std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig
   if (!config.decoupled_weight_decay && hyper.weight_decay != 0.0f) {
     return "decoupled_weight_decay is false";
   }
+  if (hyper.eps < kSmallestEpsForRow) return "eps is below 2^-44";
   if (!is_aligned_for_row(tensor)) return "a buffer is not aligned to 16 bytes";
   if (!is_shaped_for_row(tensor)) {
     std::ostringstream text;
     text << "the weight that is also written transposed has " << tensor.rows << " rows and "
-         << tensor.columns << " columns; fast are a multiple of 8 and at most 2^23";
+         << tensor.columns
+         << " columns; fast are 128 rows or more, a multiple of 8, and a multiple of 128 columns "
+            "up to 2^23";
     return text.str();
   }
   return {};

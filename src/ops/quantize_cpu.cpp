@@ -50,7 +50,7 @@ void cast_transposed(const QuantizeArgs& args, float scale) {
 /// What QuantizeArgs::column_sums defines.
 template <class In>
 void sum_tiles(const QuantizeArgs& args) {
-  constexpr std::int64_t kRows = 128, kLanes = 16;
+  constexpr std::int64_t kRows = 128, kLanes = 32;
   const auto* in = args.in.as<const typename In::Storage>();
   const std::int64_t rows = args.in.shape[0], columns = args.in.shape[1];
   const std::int64_t panels = column_sum_rows(rows);

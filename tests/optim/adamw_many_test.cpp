@@ -185,29 +185,58 @@ TEST_CASE("5,000 tensors have the bits of two optimizers that share them") {
 }
 
 TEST_CASE("one tensor of many whose bound is not finite skips the step of all") {
-  constexpr int kCount = 200;  // more than two blocks of threads take
+  struct Case {
+    int count;  ///< more than two blocks of threads take; more than all blocks take at once
+    std::vector<int> bad;
+  };
+  const Case cases[] = {{200, {0, 63, 64, 127, 128, 199}}, {4200, {4095, 4096, 4199}}};
   for (const Context& ctx : test_contexts()) {
-    Part part(ctx, {.seed = 3}, 0, kCount);
-    AdamwModel& model = part.model();
-    std::int64_t skipped = 0;
-    for (int i : {0, 63, 64, 127, 128, kCount - 1}) {
-      INFO("tensor " << i << " on " << to_string(ctx.device()));
+    for (const Case& c : cases) {
+      Part part(ctx, {.seed = 3}, 0, c.count);
+      AdamwModel& model = part.model();
       part.set_gradients(1);
-      const auto before = model.all_bytes();
-      TensorScale* scale = model.gradient_view(i).scale;
-      const auto usual = download_one<TensorScale>(ctx, scale);
-      TensorScale infinite = usual;
-      infinite.amax = std::numeric_limits<float>::infinity();
-      write_one(ctx, scale, infinite);
-      model.step(kRate);
-      CHECK(model.scalars().skipped == ++skipped);
-      CHECK(first_difference(model.all_bytes(), before) == "");
-      write_one(ctx, scale, usual);
-      model.step(kRate);
-      CHECK(model.scalars().step == skipped);
-      CHECK(first_difference(model.all_bytes(), before) != "");
+      std::int64_t skipped = 0;
+      for (int i : c.bad) {
+        INFO("tensor " << i << " of " << c.count << " on " << to_string(ctx.device()));
+        const auto before = model.all_bytes();
+        TensorScale* scale = model.gradient_view(i).scale;
+        const auto usual = download_one<TensorScale>(ctx, scale);
+        TensorScale infinite = usual;
+        infinite.amax = std::numeric_limits<float>::infinity();
+        write_one(ctx, scale, infinite);
+        model.step(kRate);
+        CHECK(model.scalars().skipped == ++skipped);
+        CHECK(first_difference(model.all_bytes(), before) == "");
+        write_one(ctx, scale, usual);
+        model.step(kRate);
+        CHECK(model.scalars().step == skipped);
+        CHECK(first_difference(model.all_bytes(), before) != "");
+      }
     }
   }
+}
+
+TEST_CASE("steps with and without clipping by turns have the CPU's bits") {
+  if (cuda_device_count() == 0) {
+    WARN("skipped: no CUDA device");
+    return;
+  }
+  // So many segments that the sum of squares takes more blocks than the one tensor.
+  constexpr std::int64_t kSegments = 1030;
+  const std::int64_t count = kSegments * kSegmentElements;
+  const auto bytes = [&](const Context& ctx) {
+    AdamwModel model(ctx, {.seed = 3},
+                     {{.shape = {count}, .formats = kO2, .gradient = DType::e4m3}});
+    const std::vector<float> block = normal_values(kSegmentElements, 5, 0.1f);
+    std::vector<float> values;
+    for (int i = 0; i < kSegments; ++i) values.insert(values.end(), block.begin(), block.end());
+    model.initialise(0, values);
+    model.set_gradient(0, values);
+    for (int t = 1; t <= 4; ++t) model.step(kRate, t % 2 == 0 ? 1.0f : 0.0f);
+    CHECK(model.scalars().step == 4);
+    return model.all_bytes();
+  };
+  CHECK(first_difference(bytes(Context::cuda(0, nullptr)), bytes(Context::cpu())) == "");
 }
 
 TEST_CASE("ranks that share a device step at the same time") {

@@ -58,8 +58,12 @@ TEST_CASE("a tensor that takes the general code has a reason that names what is 
        {.shape = {16, 8}, .formats = kO2, .gradient = DType::e4m3, .weight_decay = 0.1f},
        "decoupled_weight_decay"},
       {l2, {.shape = {16, 8}, .formats = kO2, .gradient = DType::e4m3, .weight_decay = 0.0f}, ""},
-      {{}, {.shape = {12, 8}, .formats = kO2Transposed, .gradient = DType::e4m3}, "12 rows"},
-      {{}, {.shape = {16, 8}, .formats = kO2Transposed, .gradient = DType::e4m3}, ""}};
+      {{}, {.shape = {132, 128}, .formats = kO2Transposed, .gradient = DType::e4m3}, "132 rows"},
+      {{}, {.shape = {120, 128}, .formats = kO2Transposed, .gradient = DType::e4m3}, "120 rows"},
+      {{}, {.shape = {128, 200}, .formats = kO2Transposed, .gradient = DType::e4m3}, "200 columns"},
+      {{}, {.shape = {136, 256}, .formats = kO2Transposed, .gradient = DType::e4m3}, ""},
+      {{.eps = 1e-15f}, {.shape = {16, 8}, .formats = kO2, .gradient = DType::e4m3}, "eps"},
+      {{.eps = 1e-12f}, {.shape = {16, 8}, .formats = kO2, .gradient = DType::e4m3}, ""}};
   for (const Context& ctx : test_contexts()) {
     for (const Case& c : cases) {
       AdamwModel model(ctx, c.config, {c.param});

@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "octet/gemm/gemm.hpp"
+#include "octet/ops/delayed_scaling.hpp"
+#include "octet/ops/quantize.hpp"
 #include "octet/runtime/tensor.hpp"
 
 namespace octet {
@@ -12,10 +14,15 @@ struct LinearConfig {
   std::int64_t in_features = 0;
   std::int64_t out_features = 0;
   std::int64_t max_tokens = 0;
-  /// e4m3: FP8 GEMMs with current scaling, HYBRID formats (activations and weights E4M3, gradients
-  /// of activations E5M2); in_features and out_features must be multiples of 16, because every
-  /// GEMM contracts over one of them or writes rows of that length. bf16: BF16 GEMMs.
+  /// e4m3: FP8 GEMMs, activations in E4M3; in_features and out_features must be multiples of 16,
+  /// because every GEMM contracts over one of them or writes rows of that length. bf16: BF16 GEMMs.
   DType weight_dtype = DType::e4m3;
+  /// Gradients of activations with FP8 GEMMs: e5m2 (the HYBRID formats) or e4m3.
+  DType gradient_dtype = DType::e5m2;
+  /// How activations and their gradients are scaled with FP8 GEMMs: by their own amax, or by scales
+  /// that the caller's DelayedScaling over delayed_entries() sets once per optimizer step. The
+  /// first cast of each is by its own amax even then, because no step has left one.
+  Scaling scaling = Scaling::current;
   /// Optional device word, set to 1 by an FP8 Linear when an activation or its gradient is not
   /// finite, which the saturating cast would hide. A BF16 Linear hides nothing and leaves it alone.
   std::uint32_t* nonfinite = nullptr;
@@ -25,8 +32,8 @@ struct LinearConfig {
 /// (an Engine's compute weight, say). Keeps the cast activation between forward and backward.
 /// Scratch comes from the context's workspace, reserved by the constructor; calls take no device
 /// memory and do not synchronise. The first call for a token count makes the GEMMs' plans on the
-/// host, so a graph is captured after one ordinary call. Sources: FP8-LM (arXiv 2310.18313) for the
-/// formats; current scaling.
+/// host, and with delayed scaling measures, so a graph is captured after one ordinary call. Source:
+/// FP8-LM (arXiv 2310.18313) for the formats.
 class Linear {
  public:
   /// The registry must outlive it. Throws if no backend can run its GEMMs on the context's device.
@@ -39,6 +46,9 @@ class Linear {
   /// overwritten; either may be empty.
   void backward(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
                 const TensorView& dw);
+
+  /// The scales of activations and of their gradients, for DelayedScaling; without FP8 GEMMs none.
+  std::vector<DelayedScaling::Entry> delayed_entries() const;
 
  private:
   bool fp8() const { return config_.weight_dtype == DType::e4m3; }
@@ -54,7 +64,10 @@ class Linear {
 
   GemmRegistry& gemms_;
   LinearConfig config_;
-  std::int64_t tokens_ = -1;  ///< of the last forward; none yet
+  Scaling scaling_of(bool& has_scale);
+
+  std::int64_t tokens_ = -1;                         ///< of the last forward; none yet
+  bool x_has_scale_ = false, dy_has_scale_ = false;  ///< of a cast before
   Tensor saved_;   ///< bf16: x [T, K]; fp8: x transposed [K, T padded]; memory for max_tokens
   Buffer scales_;  ///< fp8: scales of x and dy; they outlive a call because a cast of a tensor that
                    ///< is not finite keeps the scale before it

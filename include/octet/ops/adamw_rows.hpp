@@ -60,14 +60,19 @@ OCTET_HD inline bool is_aligned_for_row(const AdamwTensor& t) {
              16 ==
          0;
 }
-/// A transpose in whole vectors of a column and 32-bit offsets within a tile.
+/// A transpose in tiles of 128 x 128, whole vectors of a column and 32-bit offsets within a tile.
+/// (The last rows % 128 rows go by the general code.)
 OCTET_HD constexpr bool is_shaped_for_row(const AdamwTensor& t) {
   return t.formats.weight != WeightFormat::e4m3_and_transpose ||
-         (t.rows % 8 == 0 && t.columns <= (std::int64_t{1} << 23));
+         (t.rows % 8 == 0 && t.rows >= 128 && t.columns % 128 == 0 &&
+          t.columns <= (std::int64_t{1} << 23));
 }
+/// Smaller ones make operands of the update subnormal.
+inline constexpr float kSmallestEpsForRow = 0x1p-44f;
 
 /// Why the update of this tensor takes the general code on CUDA; empty where it does not. (Scales
-/// near the ends of FP32's range, which only a step knows, send single steps there too.) Host code;
+/// near the ends of FP32's range, which only a step knows, send single steps there too, and an eps
+/// near 2^-44 the first ones.) Host code;
 /// looks at the addresses of the buffers, not into them.
 std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig& config,
                                     const AdamwHyper& hyper);

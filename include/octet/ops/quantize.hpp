@@ -34,7 +34,7 @@ struct QuantizeArgs {
   CastCounters* counters = nullptr;
   /// Optional sums of the columns of a matrix `in` [R, C], for the gradient of a bias: f32
   /// [R / 128 rounded up, C], each of 128 rows, which sum_columns() adds up. Of 128 rows lane l of
-  /// 16 adds rows l, l + 16, ... one after the other, then a binary tree over the lanes, in FP32.
+  /// 32 adds rows l, l + 32, ... one after the other, then a binary tree over the lanes, in FP32.
   TensorView column_sums = {};
 };
 
@@ -45,7 +45,7 @@ struct QuantizeArgs {
 /// With a given scale that is used as it is, and its amax raised to the input's, so that several
 /// casts with one scale record the largest; whoever sets the scale takes amax down.
 /// On CUDA one pass over the input with a given scale, and with current scaling where it fits in
-/// the registers of the device (on an H100 6.5 million elements of 16 bits, 4.3 of 32); else two.
+/// the registers of the device (4.3 million elements on an H100); else two.
 /// Stream-ordered, no synchronisation. Deterministic, equal bits on CPU and CUDA.
 /// Throws octet::Error for dtypes, shapes or devices that do not fit.
 /// Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433); power-of-two scales as in MS-AMP.

@@ -71,9 +71,10 @@ struct StateView {
 /// master, their scales, the step count and the tables. One pass over the memory, everything
 /// decided on the device (numerics section 3).
 /// On CUDA the rows of kAdamwRows are fast (docs/performance.md), with stochastic rounding,
-/// decoupled weight decay, buffers aligned to 16 bytes and scales far from the ends of FP32's
-/// range. Everything else takes general code with the same bits in several times the time;
-/// general_code_reason() tells.
+/// decoupled weight decay, eps of 2^-44 or more, buffers aligned to 16 bytes and scales far from
+/// the ends of FP32's range; a transposed weight where it has whole tiles of 128 x 128. Everything
+/// else takes general code with the same bits in several times the time; general_code_reason()
+/// tells.
 ///
 /// Memory is taken in the constructor; measure() and step() allocate nothing, do not
 /// synchronise and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same
@@ -111,7 +112,8 @@ class AdamW {
   /// Why on CUDA the update of parameter i takes the general code; empty where it does not. See
   /// reason_for_general_code.
   std::string general_code_reason(int i) const;
-  /// What adamw_prepare decided for parameter i, in device memory, as of the last step.
+  /// What adamw_prepare decided for parameter i, in device memory, as of the last step that was
+  /// applied; undefined before that and after one that was skipped.
   const AdamwTensorStep* tensor_step(int i) const;
   /// Scale of the compute weight of parameter i, in device memory, as of the last step.
   TensorScale* weight_scale(int i) const;

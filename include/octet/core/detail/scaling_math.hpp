@@ -19,6 +19,13 @@ OCTET_HD inline float power_of_two_scale(float amax, float maximum) {
   return bits_float(static_cast<std::uint32_t>(exponent + 127) << 23);
 }
 
+/// A power of two with an exponent within +-126 times 2^shift, its exponent clamped likewise.
+OCTET_HD inline float shifted_power_of_two(float scale, int shift) {
+  int exponent = static_cast<int>(float_bits(scale) >> 23) - 127 + shift;
+  exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
+  return bits_float(static_cast<std::uint32_t>(exponent + 127) << 23);
+}
+
 /// Exact inverse of a power of two with an exponent within +-126.
 OCTET_HD inline float inverse_of_power_of_two(float scale) {
   return bits_float((254u << 23) - float_bits(scale));
