@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
 #include <ostream>
 
 #include "backend.hpp"
@@ -22,6 +23,17 @@ void check_scale(const GemmProblem& problem, const char* name, DType dtype, cons
   if (is_fp8(dtype)) check_pointer(problem, name, scale);
 }
 
+/// D is written while the others are read.
+void check_apart(const GemmProblem& problem, const GemmArgs& args, const char* name,
+                 const void* data, std::int64_t bytes) {
+  const auto begin_of = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
+  const std::uintptr_t d = begin_of(args.d), x = begin_of(data);
+  const auto d_bytes = static_cast<std::uintptr_t>(problem.m * problem.n) * size_of(problem.d);
+  require(d + d_bytes <= x || x + static_cast<std::uintptr_t>(bytes) <= d, problem, ": d (",
+          d_bytes, " bytes at ", args.d, ") overlaps ", name, " (", bytes, " bytes at ", data,
+          "); they must be apart");
+}
+
 void check(const GemmProblem& problem, const GemmArgs& args) {
   require(problem.m >= 0 && problem.n >= 0 && problem.k >= 0, problem,
           ": m, n and k must not be negative");
@@ -32,6 +44,13 @@ void check(const GemmProblem& problem, const GemmArgs& args) {
   check_pointer(problem, "b", args.b);
   check_scale(problem, "a_scale_inv", problem.a, args.a_scale_inv);
   check_scale(problem, "b_scale_inv", problem.b, args.b_scale_inv);
+  const auto bytes = [&](std::int64_t rows, DType dtype) {
+    return rows * problem.k * static_cast<std::int64_t>(size_of(dtype));
+  };
+  check_apart(problem, args, "a", args.a, bytes(problem.m, problem.a));
+  check_apart(problem, args, "b", args.b, bytes(problem.n, problem.b));
+  if (is_fp8(problem.a)) check_apart(problem, args, "a_scale_inv", args.a_scale_inv, sizeof(float));
+  if (is_fp8(problem.b)) check_apart(problem, args, "b_scale_inv", args.b_scale_inv, sizeof(float));
 }
 
 GemmDevice describe(const Context& ctx) {
@@ -75,6 +94,7 @@ GemmRegistry::GemmRegistry(const Context& ctx) : ctx_(ctx), device_(describe(ctx
   } else {
     add(detail::cuda_part().make_cublaslt(ctx));
   }
+  if (const char* name = std::getenv("OCTET_GEMM")) force(name);
 }
 
 void GemmRegistry::add(std::unique_ptr<GemmBackend> backend) {
@@ -83,9 +103,20 @@ void GemmRegistry::add(std::unique_ptr<GemmBackend> backend) {
   chosen_.clear();
 }
 
+void GemmRegistry::force(std::string name) {
+  forced_ = std::move(name);
+  chosen_.clear();
+}
+
 GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
   Choice choice;
+  bool has_forced = forced_.empty();
   for (auto backend = backends_.rbegin(); backend != backends_.rend(); ++backend) {
+    if (!forced_.empty() && (*backend)->name() != forced_) {
+      choice.report += (*backend)->name() + ": not asked, " + forced_ + " is forced\n";
+      continue;
+    }
+    has_forced = true;
     const GemmSupport support = (*backend)->query(problem, device_);
     const bool yes = support.verdict == GemmVerdict::native;
     choice.report += (*backend)->name() + (yes ? ": native, " : ": no, ") + support.reason + "\n";
@@ -93,6 +124,7 @@ GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
     choice.backend = backend->get();
     break;
   }
+  if (!has_forced) choice.report += forced_ + ": forced, but there is no backend of that name\n";
   return choice;
 }
 

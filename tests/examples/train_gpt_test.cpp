@@ -25,6 +25,8 @@ const char* const kRunKeys[] = {"level",
                                 "ranks",
                                 "device",
                                 "parameters",
+                                "fp8_recipe",
+                                "fp8_format",
                                 "val_loss",
                                 "losses",
                                 "state_bytes_per_parameter",
@@ -140,6 +142,30 @@ TEST_CASE("four levels and the smallest states learn", "[train_gpt]") {
   CHECK(runs[1].at("losses")[0] == runs[2].at("losses")[0]);
   CHECK(runs[2].at("losses")[0] == runs[3].at("losses")[0]);
   CHECK(runs[2].at("losses") != runs[4].at("losses"));
+}
+
+TEST_CASE("every recipe learns, and is another run from the second step on", "[train_gpt]") {
+  const Folder folder;
+  std::ofstream(folder.file("words")) << words_text();
+  const std::string arguments = kSmall +
+                                "--device cpu --levels O2 --ranks 2 --steps 20 --lr 1e-2 --data '" +
+                                folder.file("words") + "' ";
+  const json tensorwise = train(arguments).at("runs")[0];
+  check_run(tensorwise, 2, "cpu");
+  CHECK(tensorwise.at("fp8_recipe") == "tensorwise");
+  CHECK(tensorwise.at("fp8_format") == "hybrid");
+  for (const std::string& option :
+       std::vector<std::string>{"--fp8-recipe delayed", "--fp8-recipe delayed --amax-history-len 1",
+                                "--fp8-format e4m3"}) {
+    INFO(option);
+    const json run = train(arguments + option).at("runs")[0];
+    check_run(run, 2, "cpu");
+    const bool is_delayed = option.find("delayed") != std::string::npos;
+    CHECK(run.at("fp8_recipe") == (is_delayed ? "delayed" : "tensorwise"));
+    CHECK(run.at("fp8_format") == (is_delayed ? "hybrid" : "e4m3"));
+    CHECK(run.at("losses")[0] == tensorwise.at("losses")[0]);
+    CHECK(run.at("losses") != tensorwise.at("losses"));
+  }
 }
 
 TEST_CASE("the same seed gives the same run, at any number of ranks the same batches",

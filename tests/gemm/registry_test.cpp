@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+
 #include "gemm/matrices.hpp"
 #include "octet/gemm/gemm.hpp"
 #include "support/catch.hpp"
@@ -121,6 +123,67 @@ TEST_CASE_METHOD(Fixture, "registry: wrong arguments are named before anything r
   // Only FP8 operands need a scale.
   CHECK(message({.m = 2, .n = 3, .k = 4, .a = DType::f32, .b = DType::bf16},
                 {.a = operand.data(), .b = operand.data(), .d = d.data()}) == "no error");
+}
+
+TEST_CASE_METHOD(Fixture, "registry: a D that overlaps what is read is refused") {
+  const GemmProblem p{.m = 4, .n = 8, .k = 16};
+  Buffer memory(ctx, 4096);
+  zero_bytes(ctx, memory.data(), memory.bytes());
+  char* base = memory.as<char>();
+  // D has 128 bytes, A 64, B 128, a scale 4.
+  const GemmArgs good{base + 128, reinterpret_cast<float*>(base + 1024), base + 256,
+                      reinterpret_cast<float*>(base + 1040), base};
+  const auto message = [&](auto change) {
+    GemmArgs changed = good;
+    change(changed);
+    return error_of([&] { gemms.run(p, changed); });
+  };
+  CHECK(message([](GemmArgs&) {}) == "no error");
+  CHECK(missing(message([&](GemmArgs& x) { x.a = base + 112; }),
+                {"d (128 bytes", "overlaps a (64 bytes", "apart"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 176; }), {"overlaps a"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 368; }), {"overlaps b (128"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 1024; }), {"a_scale_inv"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 928; }), {"a_scale_inv (4"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) {
+                  x.a_scale_inv = reinterpret_cast<float*>(base + 2048);
+                  x.d = base + 928;
+                }),
+                {"b_scale_inv (4"}) == "");
+  CHECK(message([&](GemmArgs& x) { x.d = base + 384; }) == "no error");
+  CHECK(message([&](GemmArgs& x) { x.b = x.a; }) == "no error");
+}
+
+TEST_CASE_METHOD(Fixture, "registry: a forced backend runs alone or nobody does") {
+  int calls = 0;
+  gemms.add(std::make_unique<Stub>("seven", 7, &calls));
+  const GemmProblem seven{.m = 7, .n = 2, .k = 3}, eight{.m = 8, .n = 2, .k = 3};
+  gemms.run(seven, args());
+  CHECK(calls == 1);
+  gemms.force("reference");
+  CHECK(gemms.choose(seven).backend->name() == "reference");
+  CHECK(missing(gemms.choose(seven).report, {"seven: not asked, reference is forced"}) == "");
+  gemms.run(seven, args());
+  CHECK(calls == 1);
+  gemms.force("seven");
+  gemms.run(seven, args());
+  CHECK(calls == 2);
+  CHECK(missing(error_of([&] { gemms.run(eight, args()); }),
+                {"seven: no, m is not 7", "reference: not asked, seven is forced"}) == "");
+  gemms.force("nine");
+  CHECK(missing(error_of([&] { gemms.run(seven, args()); }),
+                {"nine: forced, but there is no backend of that name"}) == "");
+  gemms.force("");
+  gemms.run(eight, args());
+  CHECK(calls == 2);
+}
+
+TEST_CASE("registry: OCTET_GEMM forces a backend") {
+  REQUIRE(setenv("OCTET_GEMM", "nine", 1) == 0);
+  const GemmRegistry gemms(Context::cpu());
+  REQUIRE(unsetenv("OCTET_GEMM") == 0);
+  CHECK(missing(gemms.choose({.m = 7, .n = 2, .k = 3}).report, {"nine: forced"}) == "");
+  CHECK(GemmRegistry(Context::cpu()).choose({.m = 7, .n = 2, .k = 3}).backend != nullptr);
 }
 
 TEST_CASE("registry: empty products") {

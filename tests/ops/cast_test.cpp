@@ -280,6 +280,8 @@ TEST_CASE("every shape and address gives the CPU's bits") {
           const std::vector<float> values = values_for(shape, 5);
           for (Scaling scaling : {Scaling::current, Scaling::given}) {
             for (std::int64_t offset : {0, 1, 4, 8}) {
+              if (ctx.device().type == DeviceType::cpu && offset > 1)
+                continue;  // one kind of access
               for (int what = 0; what < 4; ++what) {
                 Case c{.in = in,
                        .out = out,

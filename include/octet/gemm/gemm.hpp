@@ -39,7 +39,8 @@ struct GemmProblemHash {
 std::string to_string(const GemmProblem& problem);
 std::ostream& operator<<(std::ostream& out, const GemmProblem& problem);
 
-/// Pointers of one call, in device memory, all aligned to 16 bytes, scales too. k = 0 gives zeros.
+/// Pointers of one call, in device memory, all aligned to 16 bytes, scales too; D apart from what
+/// is read. k = 0 gives zeros.
 struct GemmArgs {
   const void* a = nullptr;
   const float* a_scale_inv = nullptr;  ///< FP8 only
@@ -94,10 +95,15 @@ struct GemmCounts {
 /// The backends of one context. Not copied, not global: whoever makes it decides what is in it.
 class GemmRegistry {
  public:
-  /// The standard ones for the context's device: reference on a CPU, cuBLASLt on CUDA.
+  /// The standard ones for the context's device: reference on a CPU, cuBLASLt on CUDA. The
+  /// environment variable OCTET_GEMM, read here, is a name for force().
   explicit GemmRegistry(const Context& ctx);
   /// Adds a backend, which is asked before all that are there already.
   void add(std::unique_ptr<GemmBackend> backend);
+
+  /// From now on only the backend of this name is asked, and what it cannot run nobody runs; an
+  /// empty name lifts that. One that is not there yet may be added later.
+  void force(std::string name);
 
   struct Choice {
     GemmBackend* backend = nullptr;  ///< null when nobody can
@@ -106,8 +112,9 @@ class GemmRegistry {
   Choice choose(const GemmProblem& problem) const;
 
   /// Runs the product on the first backend that can; throws octet::Error with the report if none
-  /// can, or naming the argument that is wrong. Nothing happens when m or n is 0; k = 0 zeroes D.
-  /// Stream-ordered. Determinism is the backend's.
+  /// can, or naming the argument that is wrong: null, not aligned, or a D that overlaps an operand
+  /// or a scale. Nothing happens when m or n is 0; k = 0 zeroes D. Stream-ordered. Determinism is
+  /// the backend's.
   void run(const GemmProblem& problem, const GemmArgs& args);
 
   /// GEMMs run so far; those with m, n or k of 0 are none.
@@ -118,6 +125,7 @@ class GemmRegistry {
   Context ctx_;
   GemmDevice device_;
   std::vector<std::unique_ptr<GemmBackend>> backends_;
+  std::string forced_;  ///< empty: none
   /// Answers of choose(), so that a query and its texts are not made anew in every step.
   std::unordered_map<GemmProblem, GemmBackend*, GemmProblemHash> chosen_;
   GemmCounts counts_;
