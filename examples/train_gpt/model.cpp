@@ -111,14 +111,15 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   const std::int64_t width = config_.width;
   std::vector<octet::DelayedScaling::Entry> scales;
   const auto make_linear = [&](Matrix& matrix) {
-    matrix.linear.emplace(
-        gemms, octet::LinearConfig{.in_features = matrix.weight.shape[1],
-                                   .out_features = matrix.weight.shape[0],
-                                   .max_tokens = tokens_,
-                                   .weight_dtype = engine_.weight(matrix.weight.id).data.dtype,
-                                   .gradient_dtype = config_.fp8.gradient_dtype,
-                                   .scaling = config_.fp8.scaling,
-                                   .nonfinite = engine_.nonfinite_flag()});
+    const octet::DType dtype = engine_.weight(matrix.weight.id).data.dtype;
+    const Fp8Recipe recipe = octet::is_fp8(dtype) ? config_.fp8 : Fp8Recipe{};
+    matrix.linear.emplace(gemms, octet::LinearConfig{.in_features = matrix.weight.shape[1],
+                                                     .out_features = matrix.weight.shape[0],
+                                                     .max_tokens = tokens_,
+                                                     .weight_dtype = dtype,
+                                                     .gradient_dtype = recipe.gradient_dtype,
+                                                     .scaling = recipe.scaling,
+                                                     .nonfinite = engine_.nonfinite_flag()});
     for (const auto& entry : matrix.linear->delayed_entries()) scales.push_back(entry);
   };
   const auto make_norm = [&](Norm& norm) {

@@ -24,7 +24,8 @@ struct Arguments {
   std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
   std::optional<int> ranks, layers, width, heads, context, batch;
   std::optional<float> lr;
-  int steps = 300, log_every = 20, amax_history_len = 1024;
+  int steps = 300, log_every = 20;
+  std::optional<int> amax_history_len;
   std::int64_t seed = 1;
 };
 
@@ -96,12 +97,15 @@ Fp8Recipe recipe_of(const Arguments& a) {
           ": must be tensorwise or delayed");
   require(a.fp8_format == "hybrid" || a.fp8_format == "e4m3", "--fp8-format ", a.fp8_format,
           ": must be hybrid or e4m3");
-  require(a.amax_history_len >= 1, "--amax-history-len ", a.amax_history_len,
-          ": must be at least 1");
   const bool is_delayed = a.fp8_recipe == "delayed";
+  const octet::DelayedScalingConfig defaults;
+  const int length = a.amax_history_len.value_or(defaults.amax_history_len);
+  require(length >= 1, "--amax-history-len ", length, ": must be at least 1");
+  require(is_delayed || !a.amax_history_len, "--amax-history-len ", length,
+          ": is for --fp8-recipe delayed");
   return {.scaling = is_delayed ? octet::Scaling::given : octet::Scaling::current,
           .gradient_dtype = a.fp8_format == "e4m3" ? octet::DType::e4m3 : octet::DType::e5m2,
-          .delayed = {.amax_history_len = a.amax_history_len}};
+          .delayed = {.amax_history_len = length}};
 }
 
 DeviceType choose_device(const std::string& text) {

@@ -27,22 +27,28 @@ const char* name_of(octet::DeviceType device) {
 }
 
 nlohmann::ordered_json to_json(const RunResult& run) {
-  return {{"level", run.name},
-          {"sharding", octet::name_of(run.sharding)},
-          {"ranks", run.ranks},
-          {"device", name_of(run.device)},
-          {"parameters", run.parameters},
-          {"fp8_recipe", run.fp8.scaling == octet::Scaling::given ? "delayed" : "tensorwise"},
-          {"fp8_format", run.fp8.gradient_dtype == octet::DType::e4m3 ? "e4m3" : "hybrid"},
-          {"val_loss", run.validation_loss},
-          {"losses", run.losses},
-          {"state_bytes_per_parameter", run.state_bytes_managed.measured},
-          {"state_bytes_per_parameter_all", run.state_bytes_all.measured},
-          {"peak_bytes_per_rank", run.peak_bytes},
-          {"wire_bytes_per_parameter_per_step", run.wire_bytes.measured},
-          {"fp8_gemms_per_step", run.fp8_gemms_per_step},
-          {"step_seconds", run.step_seconds},
-          {"skipped_steps", run.skipped_steps}};
+  using Json = nlohmann::ordered_json;
+  const bool is_fp8 = run.fp8_gemms_per_step > 0.0;
+  const bool is_delayed = run.fp8.scaling == octet::Scaling::given;
+  const bool is_e4m3 = run.fp8.gradient_dtype == octet::DType::e4m3;
+  return {
+      {"level", run.name},
+      {"sharding", octet::name_of(run.sharding)},
+      {"ranks", run.ranks},
+      {"device", name_of(run.device)},
+      {"parameters", run.parameters},
+      {"fp8_recipe", is_fp8 ? Json(is_delayed ? "delayed" : "tensorwise") : Json()},
+      {"fp8_format", is_fp8 ? Json(is_e4m3 ? "e4m3" : "hybrid") : Json()},
+      {"amax_history_len", is_fp8 && is_delayed ? Json(run.fp8.delayed.amax_history_len) : Json()},
+      {"val_loss", run.validation_loss},
+      {"losses", run.losses},
+      {"state_bytes_per_parameter", run.state_bytes_managed.measured},
+      {"state_bytes_per_parameter_all", run.state_bytes_all.measured},
+      {"peak_bytes_per_rank", run.peak_bytes},
+      {"wire_bytes_per_parameter_per_step", run.wire_bytes.measured},
+      {"fp8_gemms_per_step", run.fp8_gemms_per_step},
+      {"step_seconds", run.step_seconds},
+      {"skipped_steps", run.skipped_steps}};
 }
 
 }  // namespace

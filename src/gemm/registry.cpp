@@ -5,6 +5,7 @@
 #include "backend.hpp"
 #include "octet/gemm/gemm.hpp"
 #include "octet/runtime/tensor.hpp"
+#include "overlap.hpp"
 
 namespace octet {
 namespace {
@@ -26,12 +27,10 @@ void check_scale(const GemmProblem& problem, const char* name, DType dtype, cons
 /// D is written while the others are read.
 void check_apart(const GemmProblem& problem, const GemmArgs& args, const char* name,
                  const void* data, std::int64_t bytes) {
-  const auto begin_of = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
-  const std::uintptr_t d = begin_of(args.d), x = begin_of(data);
-  const auto d_bytes = static_cast<std::uintptr_t>(problem.m * problem.n) * size_of(problem.d);
-  require(d + d_bytes <= x || x + static_cast<std::uintptr_t>(bytes) <= d, problem, ": d (",
-          d_bytes, " bytes at ", args.d, ") overlaps ", name, " (", bytes, " bytes at ", data,
-          "); they must be apart");
+  const auto d_bytes = static_cast<std::size_t>(problem.m * problem.n) * size_of(problem.d);
+  require(!detail::overlap(args.d, d_bytes, data, static_cast<std::size_t>(bytes)), problem,
+          ": d (", d_bytes, " bytes at ", args.d, ") overlaps ", name, " (", bytes, " bytes at ",
+          data, "); they must be apart");
 }
 
 void check(const GemmProblem& problem, const GemmArgs& args) {

@@ -40,7 +40,13 @@ void check_config(const LinearConfig& c) {
           "Linear: weight_dtype is ", name_of(c.weight_dtype), "; e4m3 and bf16 are allowed");
   require(is_fp8(c.gradient_dtype), "Linear: gradient_dtype is ", name_of(c.gradient_dtype),
           "; e5m2 and e4m3 are allowed");
-  if (c.weight_dtype == DType::bf16) return;
+  if (c.weight_dtype == DType::bf16) {
+    require(
+        c.gradient_dtype == DType::e5m2 && c.scaling == Scaling::current && c.counters == nullptr,
+        "Linear: weight_dtype is bf16; gradient_dtype, scaling and counters are for FP8 GEMMs "
+        "and must be left as they are");
+    return;
+  }
   const auto check_feature = [](const char* name, std::int64_t value) {
     require(value % 16 == 0, "Linear: ", name, " is ", value,
             "; with e4m3 weights it must be a multiple of 16, because FP8 GEMMs contract over it");
@@ -58,7 +64,7 @@ Linear::Linear(GemmRegistry& gemms, const LinearConfig& config) : gemms_(gemms),
   ctx.reserve_workspace(scratch_of(config).bytes());
   if (fp8()) {
     saved_ = Tensor(ctx, DType::e4m3, {config.in_features, padded_rows(config.max_tokens)});
-    const std::array<TensorScale, 2> ones{};
+    const std::array<TensorScale, 3> ones{};
     scales_ = upload_sync<TensorScale>(ctx, ones);
   } else {
     saved_ = Tensor(ctx, DType::bf16, {config.max_tokens, config.in_features});
@@ -140,16 +146,24 @@ void Linear::forward(const TensorView& x, const ScaledView& weight, const Tensor
   WorkspaceScope scope(ctx);
   TensorScale* scale = scales_.as<TensorScale>();
   const TensorView codes = scope.take(dtype, {tokens, k});
-  quantize(ctx, {x, {codes, scale}, saved(), config_.nonfinite, scaling_of(x_has_scale_)});
+  quantize(
+      ctx,
+      {x, {codes, scale}, saved(), config_.nonfinite, scaling_of(x_has_scale_), config_.counters});
+  x_has_scale_ = true;
+  // The backward pass decodes with this one, whatever an update has made of the scale by then.
+  if (is_delayed()) copy_bytes(ctx, scale + 2, scale, sizeof(TensorScale));
   gemms_.run(problem,
              {codes.data, &scale->scale_inv, weight.data.data, &weight.scale->scale_inv, y.data});
 }
 
 /// Of a cast whose scale may not be set yet.
-Scaling Linear::scaling_of(bool& has_scale) {
-  const Scaling scaling = has_scale ? config_.scaling : Scaling::current;
-  has_scale = true;
-  return scaling;
+Scaling Linear::scaling_of(bool has_scale) const {
+  return has_scale ? config_.scaling : Scaling::current;
+}
+
+void Linear::keep_scales() {
+  require(is_delayed(), "Linear: keep_scales() is for delayed scaling with e4m3 weights");
+  x_has_scale_ = dy_has_scale_ = true;
 }
 
 std::vector<DelayedScaling::Entry> Linear::delayed_entries() const {
@@ -177,17 +191,21 @@ void Linear::backward_fp8(const TensorView& dy, const ScaledView& weight, const 
   const std::int64_t padded = padded_rows(tokens_);
   const Context& ctx = gemms_.context();
   WorkspaceScope scope(ctx);
-  TensorScale* x_scale = scales_.as<TensorScale>();
-  TensorScale* dy_scale = x_scale + 1;
+  TensorScale* dy_scale = scales_.as<TensorScale>() + 1;
+  const TensorScale* x_scale = scales_.as<TensorScale>() + (is_delayed() ? 2 : 0);
   const DType gradient = config_.gradient_dtype;
   TensorView codes{nullptr, gradient, dy.shape, ctx.device()};
   TensorView codes_transposed;
   if (!dx.empty()) codes = scope.take(gradient, dy.shape);
   if (!dw.empty()) codes_transposed = scope.take(gradient, {n, padded});
   if (tokens_ > 0) {
-    quantize(
-        ctx,
-        {dy, {codes, dy_scale}, codes_transposed, config_.nonfinite, scaling_of(dy_has_scale_)});
+    quantize(ctx, {dy,
+                   {codes, dy_scale},
+                   codes_transposed,
+                   config_.nonfinite,
+                   scaling_of(dy_has_scale_),
+                   config_.counters});
+    dy_has_scale_ = true;
   }
 
   if (!dx.empty()) {

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "octet/ops/quantize.hpp"
 
+#include <iterator>
+
 #include "backend.hpp"
+#include "overlap.hpp"
 
 namespace octet {
 namespace {
@@ -13,6 +16,12 @@ void check_device(const Context& ctx, const TensorView& view, const char* op, co
           " but the context is on ", ctx.device());
   require(view.data != nullptr || view.numel() == 0, op, ": ", what, " of shape ", view.shape,
           " has a null pointer");
+}
+
+void check_apart(const char* op, const char* a_name, const TensorView& a, const char* b_name,
+                 const TensorView& b) {
+  require(!detail::overlap(a, b), op, ": ", a_name, " (", a.bytes(), " bytes at ", a.data,
+          ") overlaps ", b_name, " (", b.bytes(), " bytes at ", b.data, "); they must be apart");
 }
 
 void check_transposed(const TensorView& in, const TensorView& out, const char* op) {
@@ -34,6 +43,8 @@ void quantize(const Context& ctx, const QuantizeArgs& args) {
   require(args.out.scale != nullptr, "quantize: the output has no scale");
   require(!out.empty() || !args.transposed.empty() || args.in.numel() == 0,
           "quantize: neither an output nor a transposed output is given");
+  require(args.scaling == Scaling::current || args.scaling == Scaling::given,
+          "quantize: scaling is ", static_cast<int>(args.scaling), "; it must be current or given");
   if (!out.empty()) {
     check_device(ctx, out, "quantize", "the output");
     require(out.shape == args.in.shape, "quantize: the output has shape ", out.shape,
@@ -54,6 +65,20 @@ void quantize(const Context& ctx, const QuantizeArgs& args) {
     require(sums.dtype == DType::f32 && sums.shape == expected, "quantize: column_sums are ",
             name_of(sums.dtype), " ", sums.shape, "; they must be f32 ", expected);
   }
+  const struct {
+    const char* name;
+    TensorView view;
+  } all[] = {{"the input", args.in},
+             {"the output", out},
+             {"the transposed output", args.transposed},
+             {"column_sums", args.column_sums},
+             {"the scale", {args.out.scale, DType::f32, Shape{4}, ctx.device()}}};
+  for (std::size_t i = 0; i < std::size(all); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      if (all[i].view.empty() || all[j].view.empty()) continue;
+      check_apart("quantize", all[i].name, all[i].view, all[j].name, all[j].view);
+    }
+  }
   detail::backend_of(ctx).quantize(ctx, args);
 }
 
@@ -73,6 +98,7 @@ void transpose(const Context& ctx, const TensorView& in, const TensorView& out) 
   require(is_fp8(in.dtype) && in.dtype == out.dtype, "transpose: the input is ", name_of(in.dtype),
           ", the output ", name_of(out.dtype), "; both must be the same of e4m3, e5m2");
   check_transposed(in, out, "transpose");
+  check_apart("transpose", "the output", out, "the input", in);
   if (out.numel() != 0) detail::backend_of(ctx).transpose(ctx, in, out);
 }
 
@@ -85,6 +111,7 @@ void sum_columns(const Context& ctx, const TensorView& sums, const TensorView& o
           "; allowed are f32, bf16, f16");
   require(out.shape == Shape{sums.shape[1]}, "sum_columns: the output has shape ", out.shape,
           "; it must be ", Shape{sums.shape[1]});
+  check_apart("sum_columns", "the output", out, "the input", sums);
   if (out.numel() != 0) detail::backend_of(ctx).sum_columns(ctx, sums, out);
 }
 

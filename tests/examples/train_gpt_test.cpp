@@ -27,6 +27,7 @@ const char* const kRunKeys[] = {"level",
                                 "parameters",
                                 "fp8_recipe",
                                 "fp8_format",
+                                "amax_history_len",
                                 "val_loss",
                                 "losses",
                                 "state_bytes_per_parameter",
@@ -144,28 +145,38 @@ TEST_CASE("four levels and the smallest states learn", "[train_gpt]") {
   CHECK(runs[2].at("losses") != runs[4].at("losses"));
 }
 
-TEST_CASE("every recipe learns, and is another run from the second step on", "[train_gpt]") {
+TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
   const Folder folder;
   std::ofstream(folder.file("words")) << words_text();
   const std::string arguments = kSmall +
                                 "--device cpu --levels O2 --ranks 2 --steps 20 --lr 1e-2 --data '" +
                                 folder.file("words") + "' ";
-  const json tensorwise = train(arguments).at("runs")[0];
-  check_run(tensorwise, 2, "cpu");
-  CHECK(tensorwise.at("fp8_recipe") == "tensorwise");
-  CHECK(tensorwise.at("fp8_format") == "hybrid");
-  for (const std::string& option :
-       std::vector<std::string>{"--fp8-recipe delayed", "--fp8-recipe delayed --amax-history-len 1",
-                                "--fp8-format e4m3"}) {
-    INFO(option);
-    const json run = train(arguments + option).at("runs")[0];
+  struct Recipe {
+    std::string options;
+    json recipe, format, length;
+  };
+  const Recipe recipes[] = {{"", "tensorwise", "hybrid", nullptr},
+                            {"--fp8-format e4m3", "tensorwise", "e4m3", nullptr},
+                            {"--fp8-recipe delayed", "delayed", "hybrid", 1024},
+                            // Scales that never followed a step would make these two one run.
+                            {"--fp8-recipe delayed --amax-history-len 1", "delayed", "hybrid", 1}};
+  std::vector<json> losses;
+  for (const Recipe& recipe : recipes) {
+    INFO(recipe.options);
+    const json run = train(arguments + recipe.options).at("runs")[0];
     check_run(run, 2, "cpu");
-    const bool is_delayed = option.find("delayed") != std::string::npos;
-    CHECK(run.at("fp8_recipe") == (is_delayed ? "delayed" : "tensorwise"));
-    CHECK(run.at("fp8_format") == (is_delayed ? "hybrid" : "e4m3"));
-    CHECK(run.at("losses")[0] == tensorwise.at("losses")[0]);
-    CHECK(run.at("losses") != tensorwise.at("losses"));
+    CHECK(run.at("fp8_recipe") == recipe.recipe);
+    CHECK(run.at("fp8_format") == recipe.format);
+    CHECK(run.at("amax_history_len") == recipe.length);
+    for (const json& other : losses) {
+      CHECK(run.at("losses")[0] == other[0]);
+      CHECK(run.at("losses") != other);
+    }
+    losses.push_back(run.at("losses"));
   }
+  const json plain = train(kSmall + "--device cpu --levels O0 --ranks 1 --steps 1 --data '" +
+                           folder.file("words") + "' --fp8-recipe delayed");
+  CHECK(plain.at("runs")[0].at("fp8_recipe").is_null());
 }
 
 TEST_CASE("the same seed gives the same run, at any number of ranks the same batches",
@@ -234,7 +245,8 @@ TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_g
       {"--levels o1", {"o1"}},
       {"--fp8-recipe mxfp8", {"mxfp8", "tensorwise", "delayed"}},
       {"--fp8-format e5m2", {"e5m2", "hybrid", "e4m3"}},
-      {"--amax-history-len 0", {"--amax-history-len 0", "1"}},
+      {"--fp8-recipe delayed --amax-history-len 0", {"--amax-history-len 0", "1"}},
+      {"--amax-history-len 4", {"--amax-history-len 4", "--fp8-recipe delayed"}},
       {"--width 100 --heads 4", {"--width 100", "multiple of 16"}},
       {"--width 128 --heads 3", {"--width 128", "--heads 3"}},
       {"--width 32 --heads 2", {"--width 32", "at least 64"}},

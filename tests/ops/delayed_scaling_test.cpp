@@ -107,6 +107,12 @@ TEST_CASE("amaxes at the ends of the range give normal scales") {
         scaling.update();
         const auto s = download_one<TensorScale>(ctx, at);
         INFO(amax << ", margin " << margin);
+        // Clamped before the margin and after.
+        const int exponent =
+            std::ilogb(reference_scale(static_cast<double>(amax), table_of(DType::e4m3).max()));
+        CHECK(s.scale == std::ldexp(1.0f, std::clamp(exponent - margin, -126, 126)));
+        CHECK(download_one<float>(ctx, scaling.history()) == amax);
+        CHECK(download_one<std::uint32_t>(ctx, scaling.next()) == 1);
         CHECK(std::isnormal(s.scale));
         CHECK(std::isnormal(s.scale_inv));
         CHECK(s.scale * s.scale_inv == 1.0f);
@@ -154,6 +160,13 @@ TEST_CASE("delayed scaling that could not work is refused by name") {
     CHECK(missing(error_with({}, {nullptr, DType::e4m3}), {"entry 0", "scale"}) == "");
     CHECK(missing(error_with({}, {at, DType::bf16}), {"bf16", "e4m3"}) == "");
     CHECK(missing(error_of([&] { delayed_update(ctx, {.tensor_count = 1}); }), {"table"}) == "");
+    CHECK(missing(error_of([&] {
+                    DelayedScaling(ctx, {}, {{at, DType::e4m3}, {at, DType::e5m2}});
+                  }),
+                  {"entries 0 and 1", "one scale"}) == "");
+    CHECK(missing(
+              error_with({.amax_compute_algo = static_cast<AmaxComputeAlgo>(2)}, {at, DType::e4m3}),
+              {"amax_compute_algo", "2", "most_recent"}) == "");
     DelayedScaling none(ctx, {}, {});
     none.update();
   }

@@ -39,11 +39,13 @@ struct DelayedArgs {
 /// zeros) keeps scale and history. One whose amax is not finite keeps both too, so that one bad
 /// step does not stay in the history; its casts have raised their flag. Else the amax takes the
 /// place of the oldest, and scale = 2^(exponent of maximum / a) / 2^margin with a the largest of
-/// the history or the newest, the exponent clamped to +-126. Either way amax is taken down to 0.
-/// Call it once per optimizer step, after all micro-batches: every cast between two calls is with
-/// one scale, and the largest of their amaxes is recorded once.
-/// Stream-ordered, one launch. Deterministic, equal bits on CPU and CUDA.
-/// Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433) and Transformer Engine's recipe.
+/// the history or the newest, the exponent clamped to +-126 before and after the margin. Either way
+/// amax is taken down to 0. Ranks that hold parts of a batch keep scales of their own: nothing is
+/// shared (Transformer Engine reduces over ranks unless it is told not to). Call it once per
+/// optimizer step, after all micro-batches: every cast between two calls is with one scale, and the
+/// largest of their amaxes is recorded once. Stream-ordered, one launch. Deterministic, equal bits
+/// on CPU and CUDA. Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433) and Transformer
+/// Engine's recipe.
 void delayed_update(const Context& ctx, const DelayedArgs& args);
 
 /// Histories and tables for a list of scales that belong to others (of Linear, say).
@@ -54,8 +56,9 @@ class DelayedScaling {
     DType dtype = DType::e4m3;     ///< e4m3 or e5m2
   };
 
-  /// Throws octet::Error naming the field for a length below 1, a margin out of range, a null scale
-  /// or a dtype that is not FP8. Takes all memory; update() takes none and can be captured.
+  /// Throws octet::Error naming the field for a length below 1, a margin out of range, a null
+  /// scale, two entries with one scale, or a dtype that is not FP8. The scales must outlive it.
+  /// Takes all memory; update() takes none and can be captured.
   DelayedScaling(const Context& ctx, const DelayedScalingConfig& config,
                  const std::vector<Entry>& entries);
 
@@ -64,7 +67,8 @@ class DelayedScaling {
 
   const DelayedScalingConfig& config() const { return config_; }
   /// What a checkpoint has to keep beside the scales: [entries, amax_history_len] f32, and the
-  /// oldest of each, [entries]; device memory.
+  /// oldest of each, [entries], below amax_history_len; device memory. (A Linear is told by
+  /// keep_scales() that its scales are there.)
   float* history() const { return history_.as<float>(); }
   std::uint32_t* next() const { return next_.as<std::uint32_t>(); }
   std::int64_t count() const { return count_; }

@@ -27,14 +27,15 @@ struct QuantizeArgs {
   /// Optional copy [C, R rounded up to a multiple of 16] of the same dtype and scale; the padding
   /// is zero, so a GEMM may contract over it.
   TensorView transposed = {};
-  /// Optional device word, set to 1 when `in` holds a NaN or an infinity.
+  /// Optional word on the context's device, set to 1 when `in` holds a NaN or an infinity.
   std::uint32_t* nonfinite = nullptr;
   Scaling scaling = Scaling::current;
-  /// Optional, device memory.
+  /// Optional, on the context's device.
   CastCounters* counters = nullptr;
-  /// Optional sums of the columns of a matrix `in` [R, C], for the gradient of a bias: f32
-  /// [R / 128 rounded up, C], each of 128 rows, which sum_columns() adds up. Of 128 rows lane l of
-  /// 32 adds rows l, l + 32, ... one after the other, then a binary tree over the lanes, in FP32.
+  /// Optional sums of the columns of a matrix `in` [R, C], beside an output, for the gradient of a
+  /// bias: f32 [R / 128 rounded up, C], each of 128 rows, which sum_columns() adds up. Of 128 rows
+  /// lane l of 32 adds rows l, l + 32, ... one after the other, then a binary tree over the lanes,
+  /// in FP32.
   TensorView column_sums = {};
 };
 
@@ -47,7 +48,8 @@ struct QuantizeArgs {
 /// On CUDA one pass over the input with a given scale, and with current scaling where it fits in
 /// the registers of the device (4.3 million elements on an H100); else two.
 /// Stream-ordered, no synchronisation. Deterministic, equal bits on CPU and CUDA.
-/// Throws octet::Error for dtypes, shapes or devices that do not fit.
+/// Throws octet::Error for dtypes, shapes or devices that do not fit, and where outputs overlap the
+/// input or one another.
 /// Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433); power-of-two scales as in MS-AMP.
 void quantize(const Context& ctx, const QuantizeArgs& args);
 

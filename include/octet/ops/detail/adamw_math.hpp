@@ -4,7 +4,7 @@
 #pragma once
 
 #include "octet/core/detail/scaling_math.hpp"
-#include "octet/ops/adamw.hpp"
+#include "octet/ops/adamw_rows.hpp"
 
 namespace octet::detail {
 
@@ -173,8 +173,7 @@ OCTET_HD inline bool is_ordinary(const AdamwTensorStep& s, const AdamwBounds& bo
   const auto decodes = [](float inv) { return inv >= 0x1p-100f && inv <= 0x1p28f; };
   return encodes(s.m_scale) && decodes(s.m_inv) && encodes(s.v_scale) && decodes(s.v_inv) &&
          encodes(s.master_scale) && decodes(s.master_inv) && encodes(s.weight_scale) &&
-         bounds.m <= 0x1p40f && bounds.v <= 0x1p40f &&
-         s.group.root_eps >= 0x1p-44f;  // kSmallestEpsForRow
+         bounds.m <= 0x1p40f && bounds.v <= 0x1p40f && s.group.root_eps >= kSmallestEpsForRow;
 }
 
 /// The scales that a tensor has after the step, their amax not yet measured.
