@@ -167,11 +167,8 @@ struct Options {
 
 int run(const Options& options) {
   octet::require(options.repeats >= 1, "--repeats ", options.repeats, ": must be at least 1");
-  octet::require(octet::cuda_device_count() > 0, "there is no CUDA device that this build can use");
-  const Stream stream;
-  const octet::Context ctx = octet::Context::cuda(0, stream.get());
-  cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  const Gpu gpu;
+  const octet::Context& ctx = gpu.context;
   std::vector<double> copies = measure_copy(ctx, options.repeats);
   std::vector<Result> results;
   for (const Case& c : all_cases()) results.push_back(measure_case(ctx, c, options.repeats));
@@ -181,13 +178,14 @@ int run(const Options& options) {
     r.value = r.unit == "us" ? r.median_ms * 1e3 : r.rate() / copy.rate();
   }
   results.push_back(copy);
-  std::printf("%s\n\n", properties.name);
+  std::printf("%s\n\n", gpu.properties.name);
   print_table("element", results);
   if (!options.json.empty()) {
-    write_json(
-        options.json,
-        {{"benchmark", "cast_bench"}, {"device", properties.name}, {"repeats", options.repeats}},
-        results);
+    write_json(options.json,
+               {{"benchmark", "cast_bench"},
+                {"device", gpu.properties.name},
+                {"repeats", options.repeats}},
+               results);
   }
   return 0;
 }

@@ -16,6 +16,21 @@
 
 namespace bench {
 
+/// Throws octet::Error where there is no device.
+inline cudaDeviceProp properties_of_device() {
+  octet::require(octet::cuda_device_count() > 0, "there is no CUDA device that this build can use");
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  return properties;
+}
+
+/// Device 0 and a stream of its own.
+struct Gpu {
+  cudaDeviceProp properties = properties_of_device();
+  Stream stream;
+  octet::Context context = octet::Context::cuda(0, stream.get());
+};
+
 constexpr std::size_t kCopyBytes = std::size_t{2} << 30;
 
 /// Times of a device copy of kCopyBytes, the yardstick of everything that moves bytes.

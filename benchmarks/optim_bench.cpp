@@ -184,23 +184,20 @@ int run(const Options& options) {
                  ": the ratio wants the case ", kReference, " too");
   octet::require(!torch || torch->parameters == numel_of(shapes), "--torch ", options.torch, ": ",
                  torch ? torch->parameters : 0, " parameters; must be ", numel_of(shapes));
-  octet::require(octet::cuda_device_count() > 0, "there is no CUDA device that this build can use");
-  const Stream stream;
-  const octet::Context ctx = octet::Context::cuda(0, stream.get());
-  cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  const Gpu gpu;
+  const octet::Context& ctx = gpu.context;
 
   const std::vector<Shape> small_shapes(4000, Shape{1000});
   const std::vector<Result> results = measure(ctx, options, torch, cases, shapes, small_shapes);
   std::printf("%s, %zu tensors of %lld parameters in total; small: %zu of %lld.\n\n",
-              properties.name, shapes.size(), static_cast<long long>(numel_of(shapes)),
+              gpu.properties.name, shapes.size(), static_cast<long long>(numel_of(shapes)),
               small_shapes.size(), static_cast<long long>(numel_of(small_shapes)));
   print_table("parameter", results);
   if (!options.json.empty()) {
     using Json = nlohmann::ordered_json;
     write_json(options.json,
                {{"benchmark", "optim_bench"},
-                {"device", properties.name},
+                {"device", gpu.properties.name},
                 {"parameters", numel_of(shapes)},
                 {"scale", options.scale},
                 {"repeats", options.repeats},

@@ -70,10 +70,9 @@ OCTET_HD constexpr bool is_shaped_for_row(const AdamwTensor& t) {
 /// Smaller ones make operands of the update subnormal.
 inline constexpr float kSmallestEpsForRow = 0x1p-44f;
 
-/// Why the update of this tensor takes the general code on CUDA; empty where it does not. (Scales
-/// near the ends of FP32's range, which only a step knows, send single steps there too, and an eps
-/// near 2^-44 the first ones.) Host code;
-/// looks at the addresses of the buffers, not into them.
+/// Why the update of this tensor takes the general code on CUDA; empty where it does not. (What
+/// only a step knows sends single steps there too: scales near the ends of FP32's range, an eps
+/// near 2^-44 in the first ones.) Host code; looks at the addresses of the buffers, not into them.
 std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig& config,
                                     const AdamwHyper& hyper);
 

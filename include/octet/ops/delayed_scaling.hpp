@@ -35,17 +35,21 @@ struct DelayedArgs {
   DelayedScalingConfig config = {};
 };
 
-/// One step of delayed scaling for all tensors. A tensor whose amax is 0 (nothing was cast, or only
-/// zeros) keeps scale and history. One whose amax is not finite keeps both too, so that one bad
-/// step does not stay in the history; its casts have raised their flag. Else the amax takes the
-/// place of the oldest, and scale = 2^(exponent of maximum / a) / 2^margin with a the largest of
-/// the history or the newest, the exponent clamped to +-126 before and after the margin. Either way
-/// amax is taken down to 0. Ranks that hold parts of a batch keep scales of their own: nothing is
-/// shared (Transformer Engine reduces over ranks unless it is told not to). Call it once per
-/// optimizer step, after all micro-batches: every cast between two calls is with one scale, and the
-/// largest of their amaxes is recorded once. Stream-ordered, one launch. Deterministic, equal bits
-/// on CPU and CUDA. Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433) and Transformer
-/// Engine's recipe.
+/// One step of delayed scaling for all tensors: the amax takes the place of the oldest, and
+/// scale = 2^(exponent of maximum / a) / 2^margin with a the largest of the history or the newest,
+/// the exponent clamped to +-126 before and after the margin.
+/// A tensor whose amax is 0 (nothing was cast, or only zeros) keeps scale and history. One whose
+/// amax is not finite keeps both too, so that one bad step does not stay in the history; its casts
+/// have raised their flag. In every case amax is taken down to 0.
+///
+/// Call it once per optimizer step, after all micro-batches: every cast between two calls is with
+/// one scale, and the largest of their amaxes is recorded once. Ranks that hold parts of a batch
+/// keep scales of their own: nothing is shared (Transformer Engine reduces over ranks unless told
+/// not to).
+///
+/// Stream-ordered, one launch. Deterministic, equal bits on CPU and CUDA. Throws octet::Error for a
+/// length or margin out of range.
+/// Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433) and Transformer Engine's recipe.
 void delayed_update(const Context& ctx, const DelayedArgs& args);
 
 /// Histories and tables for a list of scales that belong to others (of Linear, say).
