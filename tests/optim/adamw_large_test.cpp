@@ -44,7 +44,7 @@ struct Case {
   DType gradient = DType::e4m3;
 };
 
-/// Random E4M3 codes, all of them finite; of BF16 gradients normal values.
+/// Random E4M3 codes, all of them finite; of BF16 and FP32 gradients normal values.
 std::vector<std::uint8_t> gradient_block(DType dtype, std::size_t count) {
   if (dtype == DType::bf16) return bytes_of_codes(value_block(count));
   if (dtype == DType::f32) {
