@@ -100,8 +100,8 @@ Owned<cublasLtMatmulPreference_t> make_preference(const GemmProblem& problem) {
 
 void set_scales(const Plan& plan, const GemmProblem& problem, const GemmArgs& args) {
   if (!is_fp8(problem.a)) return;
-  set(plan, problem, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.b_scale_inv);
-  set(plan, problem, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.a_scale_inv);
+  set(plan, problem, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.b_scales);
+  set(plan, problem, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.a_scales);
 }
 
 Plan make_plan(cublasLtHandle_t handle, const GemmProblem& problem, const GemmArgs& args) {
@@ -114,7 +114,7 @@ Plan make_plan(cublasLtHandle_t handle, const GemmProblem& problem, const GemmAr
   set(plan, problem, CUBLASLT_MATMUL_DESC_TRANSB, problem.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
   if (is_fp8(problem.a)) {
     set(plan, problem, CUBLASLT_MATMUL_DESC_FAST_ACCUM,
-        static_cast<std::int8_t>(problem.fast_accumulation ? 1 : 0));
+        static_cast<std::int8_t>(problem.accumulation == Accumulation::fast ? 1 : 0));
   }
   set_scales(plan, problem, args);
   const std::int64_t m = problem.m, n = problem.n, k = problem.k;

@@ -5,6 +5,7 @@
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/communicator.hpp"
 #include "octet/comm/nccl.hpp"
+#include "octet/core/block_scales.hpp"
 #include "octet/core/dtype.hpp"
 #include "octet/core/error.hpp"
 #include "octet/core/float16.hpp"

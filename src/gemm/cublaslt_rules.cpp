@@ -39,8 +39,9 @@ GemmSupport query_fp8(const GemmProblem& p, const GemmDevice& device) {
     return no("n is ", p.n, ", so a row of d (", name_of(p.d), ") has ", row,
               " bytes; FP8 needs a multiple of 16");
   }
-  return {GemmVerdict::native, p.fast_accumulation ? "FP8 tensor cores, fast accumulation"
-                                                   : "FP8 tensor cores, promoted accumulation"};
+  return {GemmVerdict::native, p.accumulation == Accumulation::fast
+                                   ? "FP8 tensor cores, fast accumulation"
+                                   : "FP8 tensor cores, promoted accumulation"};
 }
 
 GemmSupport query_bf16(const GemmProblem& p, const GemmDevice& device) {

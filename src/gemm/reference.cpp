@@ -223,8 +223,8 @@ void ReferenceGemm::run(const Context&, const GemmProblem& problem, const GemmAr
   const int threads = team_size(problem);
   // As many tiles as threads, or a multiple, so that all threads end together.
   const std::int64_t tiles = ceil_div(ceil_div(problem.m, kMaxTileRows), threads) * threads;
-  const float scale_a = is_fp8(problem.a) ? *args.a_scale_inv : 1.0f;
-  const float scale_b = is_fp8(problem.b) ? *args.b_scale_inv : 1.0f;
+  const float scale_a = is_fp8(problem.a) ? *static_cast<const float*>(args.a_scales) : 1.0f;
+  const float scale_b = is_fp8(problem.b) ? *static_cast<const float*>(args.b_scales) : 1.0f;
   const Job job{problem,
                 args,
                 kernel_,

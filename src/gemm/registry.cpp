@@ -20,7 +20,7 @@ void check_pointer(const GemmProblem& problem, const char* name, const void* poi
           " is at ", pointer, "; it must be aligned to ", kAlignment, " bytes");
 }
 
-void check_scale(const GemmProblem& problem, const char* name, DType dtype, const float* scale) {
+void check_scale(const GemmProblem& problem, const char* name, DType dtype, const void* scale) {
   if (is_fp8(dtype)) check_pointer(problem, name, scale);
 }
 
@@ -41,15 +41,15 @@ void check(const GemmProblem& problem, const GemmArgs& args) {
   if (problem.k == 0) return;
   check_pointer(problem, "a", args.a);
   check_pointer(problem, "b", args.b);
-  check_scale(problem, "a_scale_inv", problem.a, args.a_scale_inv);
-  check_scale(problem, "b_scale_inv", problem.b, args.b_scale_inv);
+  check_scale(problem, "a_scales", problem.a, args.a_scales);
+  check_scale(problem, "b_scales", problem.b, args.b_scales);
   const auto bytes = [&](std::int64_t rows, DType dtype) {
     return rows * problem.k * static_cast<std::int64_t>(size_of(dtype));
   };
   check_apart(problem, args, "a", args.a, bytes(problem.m, problem.a));
   check_apart(problem, args, "b", args.b, bytes(problem.n, problem.b));
-  if (is_fp8(problem.a)) check_apart(problem, args, "a_scale_inv", args.a_scale_inv, sizeof(float));
-  if (is_fp8(problem.b)) check_apart(problem, args, "b_scale_inv", args.b_scale_inv, sizeof(float));
+  if (is_fp8(problem.a)) check_apart(problem, args, "a_scales", args.a_scales, sizeof(float));
+  if (is_fp8(problem.b)) check_apart(problem, args, "b_scales", args.b_scales, sizeof(float));
 }
 
 GemmDevice describe(const Context& ctx) {
@@ -64,7 +64,7 @@ std::string to_string(const GemmProblem& p) {
   std::ostringstream text;
   text << "gemm m=" << p.m << " n=" << p.n << " k=" << p.k << " a=" << name_of(p.a)
        << (p.a_transposed ? "^T" : "") << " b=" << name_of(p.b) << (p.b_transposed ? "^T" : "")
-       << " d=" << name_of(p.d) << (p.fast_accumulation ? " fast" : "");
+       << " d=" << name_of(p.d) << (p.accumulation == Accumulation::fast ? " fast" : "");
   return text.str();
 }
 
@@ -77,7 +77,7 @@ std::size_t GemmProblemHash::operator()(const GemmProblem& p) const {
       static_cast<std::uint64_t>(p.a) | static_cast<std::uint64_t>(p.b) << 3 |
       static_cast<std::uint64_t>(p.d) << 6 | static_cast<std::uint64_t>(p.a_transposed) << 9 |
       static_cast<std::uint64_t>(p.b_transposed) << 10 |
-      static_cast<std::uint64_t>(p.fast_accumulation) << 11;
+      static_cast<std::uint64_t>(p.accumulation) << 11;
   std::uint64_t hash = flags;
   for (std::int64_t dimension : {p.m, p.n, p.k}) {
     // The multiplier of a 64-bit Weyl sequence spreads small integers over all bits.

@@ -33,7 +33,7 @@ TEST_CASE("cuBLASLt rules: FP8 needs a device that has it") {
     CHECK(missing(answer(p, capability), {"yes: ", "promoted"}) == "");
   }
   GemmProblem fast = p;
-  fast.fast_accumulation = true;
+  fast.accumulation = Accumulation::fast;
   CHECK(missing(answer(fast, 90), {"yes: ", "fast"}) == "");
   const GemmSupport cpu = query_cublaslt(p, {});
   CHECK(cpu.verdict == GemmVerdict::no);

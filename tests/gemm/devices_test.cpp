@@ -24,8 +24,9 @@ std::vector<GemmProblem> problems() {
       for (DType d : {DType::f32, DType::bf16}) {
         // Fast accumulation says something about FP8 only.
         for (int bits = 0; bits < (is_fp8(a) ? 8 : 4); ++bits) {
-          list.push_back(
-              {s[0], s[1], s[2], a, b, d, (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0});
+          GemmProblem p{s[0], s[1], s[2], a, b, d, (bits & 1) != 0, (bits & 2) != 0};
+          if ((bits & 4) != 0) p.accumulation = Accumulation::fast;
+          list.push_back(p);
         }
       }
     }
@@ -41,7 +42,7 @@ Bytes run(GemmRegistry& gemms, const GemmProblem& p, const Matrix& a, const Matr
 /// is promoted, which they do after some steps; the others add in FP32.
 double allowed_error(const GemmProblem& p, DeviceType type) {
   if (type == DeviceType::cuda && is_fp8(p.a))
-    return std::ldexp(1.0, p.fast_accumulation ? -8 : -10);
+    return std::ldexp(1.0, p.accumulation == Accumulation::fast ? -8 : -10);
   return static_cast<double>(p.k) * std::ldexp(1.0, -24);
 }
 

@@ -38,7 +38,7 @@ std::vector<GemmProblem> problems() {
       list.push_back({.m = 64, .n = 64, .k = size, .d = d});
     }
   }
-  list.push_back({.m = 64, .n = 64, .k = 64, .fast_accumulation = true});
+  list.push_back({.m = 64, .n = 64, .k = 64, .accumulation = Accumulation::fast});
   list.push_back({.m = std::int64_t{1} << 31, .n = 16, .k = 16});
   return list;
 }

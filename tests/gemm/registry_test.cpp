@@ -114,8 +114,8 @@ TEST_CASE_METHOD(Fixture, "registry: wrong arguments are named before anything r
   CHECK(missing(with([](GemmArgs& x) { x.a = nullptr; }), {"m=2 n=3 k=4", "a is null"}) == "");
   CHECK(missing(with([](GemmArgs& x) { x.b = nullptr; }), {"b is null"}) == "");
   CHECK(missing(with([](GemmArgs& x) { x.d = nullptr; }), {"d is null"}) == "");
-  CHECK(missing(with([](GemmArgs& x) { x.a_scale_inv = nullptr; }), {"a_scale_inv", "null"}) == "");
-  CHECK(missing(with([](GemmArgs& x) { x.b_scale_inv = nullptr; }), {"b_scale_inv", "null"}) == "");
+  CHECK(missing(with([](GemmArgs& x) { x.a_scales = nullptr; }), {"a_scales", "null"}) == "");
+  CHECK(missing(with([](GemmArgs& x) { x.b_scales = nullptr; }), {"b_scales", "null"}) == "");
   const auto off = [](const void* pointer) { return static_cast<const char*>(pointer) + 8; };
   CHECK(missing(with([&](GemmArgs& x) { x.b = off(x.b); }), {"b is at", "16 bytes"}) == "");
   CHECK(untouched());
@@ -143,13 +143,13 @@ TEST_CASE_METHOD(Fixture, "registry: a D that overlaps what is read is refused")
                 {"d (128 bytes", "overlaps a (64 bytes", "apart"}) == "");
   CHECK(missing(message([&](GemmArgs& x) { x.d = base + 176; }), {"overlaps a"}) == "");
   CHECK(missing(message([&](GemmArgs& x) { x.d = base + 368; }), {"overlaps b (128"}) == "");
-  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 1024; }), {"a_scale_inv"}) == "");
-  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 928; }), {"a_scale_inv (4"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 1024; }), {"a_scales"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 928; }), {"a_scales (4"}) == "");
   CHECK(missing(message([&](GemmArgs& x) {
-                  x.a_scale_inv = reinterpret_cast<float*>(base + 2048);
+                  x.a_scales = reinterpret_cast<float*>(base + 2048);
                   x.d = base + 928;
                 }),
-                {"b_scale_inv (4"}) == "");
+                {"b_scales (4"}) == "");
   CHECK(message([&](GemmArgs& x) { x.d = base + 384; }) == "no error");
   CHECK(message([&](GemmArgs& x) { x.b = x.a; }) == "no error");
 }
@@ -212,7 +212,12 @@ TEST_CASE("registry: a problem as text and as a key") {
       {.m = 4, .n = 8, .k = 16, .b = DType::e4m3, .b_transposed = true},
       {.m = 4, .n = 8, .k = 16, .b = DType::e5m2, .a_transposed = true},
       {.m = 4, .n = 8, .k = 16, .b = DType::e5m2, .d = DType::bf16, .b_transposed = true},
-      {.m = 4, .n = 8, .k = 16, .b = DType::e5m2, .b_transposed = true, .fast_accumulation = true}};
+      {.m = 4,
+       .n = 8,
+       .k = 16,
+       .b = DType::e5m2,
+       .b_transposed = true,
+       .accumulation = Accumulation::fast}};
   for (const GemmProblem& other : others) {
     CHECK_FALSE(other == p);
     CHECK(hash(other) != hash(p));

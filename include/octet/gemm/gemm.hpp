@@ -9,13 +9,29 @@
 #include <unordered_map>
 #include <vector>
 
+#include "octet/core/block_scales.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace octet {
 
-/// D[m, n] = sum over k of A[m, k] * B[n, k], all row-major: both operands contiguous along k, the
-/// layout every FP8 unit takes. A transposed operand is stored as [k, m] or [k, n]. FP8 operands
-/// carry one scale_inv per tensor, which multiplies the product.
+/// How the products of FP8 elements are added up.
+enum class Accumulation : std::uint8_t {
+  promoted,  ///< partial sums of the tensor cores are added in FP32 after every 128 of k or fewer
+  fast,      ///< all in the tensor cores' accumulators, which on Hopper keep about 13 bits
+  exact      ///< in double, rounded once: what others are measured against
+};
+
+/// What happens to the sum before it is stored.
+enum class Activation : std::uint8_t {
+  none,
+  gelu,  ///< D = gelu(sum), the tanh form; with `aux`, the sum itself is stored there too
+  dgelu  ///< D = sum * gelu'(aux): the gradient for what a gelu was applied to
+};
+
+/// D[m, n] = activation(sum over k of A[m, k] * B[n, k] (+ D) (+ bias[n])), all row-major: both
+/// operands contiguous along k, the layout every FP8 unit takes. A transposed operand is stored as
+/// [k, m] or [k, n]; FP8 operands may be so only with a scale for the whole tensor. Scales multiply
+/// the products of the elements they belong to.
 struct GemmProblem {
   std::int64_t m = 0;
   std::int64_t n = 0;
@@ -25,8 +41,23 @@ struct GemmProblem {
   DType d = DType::f32;
   bool a_transposed = false;
   bool b_transposed = false;
-  /// Faster accumulation of FP8 products at lower precision, where a device has it (Hopper).
-  bool fast_accumulation = false;
+  /// Elements from one stored row to the next; 0 where rows follow each other without a gap.
+  std::int64_t lda = 0, ldb = 0, ldd = 0;
+  /// Of FP8 operands; ignored for others, which have no scales. mx scales are gemm_ready.
+  Granularity a_scales = Granularity::tensor;
+  Granularity b_scales = Granularity::tensor;
+  Accumulation accumulation = Accumulation::promoted;
+  /// D holds a summand already (beta = 1): a main gradient that collects micro-batches. f32, bf16.
+  bool accumulate = false;
+  bool bias = false;
+  Activation activation = Activation::none;
+  /// With gelu: the sum before the activation, bias included, is kept in `aux` [m, n]. dgelu reads
+  /// it and needs it set.
+  bool aux = false;
+  /// Of bias and of aux.
+  DType bias_type = DType::bf16, aux_type = DType::bf16;
+  /// Only algorithms that give the same bits in every run.
+  bool deterministic = false;
   bool operator==(const GemmProblem&) const = default;
 };
 
@@ -35,18 +66,22 @@ struct GemmProblemHash {
   std::size_t operator()(const GemmProblem& problem) const;
 };
 
-/// "gemm m=4 n=8 k=16 a=e4m3 b=e5m2^T d=f32".
+/// One line with every field that is not at its default: "gemm m=4 n=8 k=16 a=e4m3 b=e5m2^T d=f32".
 std::string to_string(const GemmProblem& problem);
 std::ostream& operator<<(std::ostream& out, const GemmProblem& problem);
 
 /// Pointers of one call, in device memory, all aligned to 16 bytes, scales too; D apart from what
-/// is read. k = 0 gives zeros.
+/// is read. k = 0 gives what an empty sum gives: zeros, or bias and D through the activation.
 struct GemmArgs {
   const void* a = nullptr;
-  const float* a_scale_inv = nullptr;  ///< FP8 only
+  const void* a_scales = nullptr;  ///< FP8 only, see Granularity: the factors that decode
   const void* b = nullptr;
-  const float* b_scale_inv = nullptr;  ///< FP8 only
+  const void* b_scales = nullptr;
   void* d = nullptr;
+  const void* bias = nullptr;      ///< [n] of bias_type
+  void* aux = nullptr;             ///< [m, n] of aux_type, rows without a gap
+  const float* d_scale = nullptr;  ///< FP8 D: stored = saturate(value * *d_scale)
+  float* d_amax = nullptr;         ///< FP8 D, optional: becomes the largest |value| before d_scale
 };
 
 /// What a backend may know about a device before it says whether it can serve a problem.
@@ -55,11 +90,19 @@ struct GemmDevice {
   int compute_capability = 0;  ///< 10 * major + minor; 0 on a CPU
 };
 
-enum class GemmVerdict : std::uint8_t { native, no };
+enum class GemmVerdict : std::uint8_t {
+  native,           ///< as asked, by the device's own means
+  with_conversion,  ///< operands or results are converted on the way; see converted_bytes
+  no
+};
 
 struct GemmSupport {
   GemmVerdict verdict = GemmVerdict::no;
   std::string reason;  ///< in words; names the field and the limit when the answer is no
+  /// Scratch that run() takes from the context's workspace.
+  std::size_t workspace_bytes = 0;
+  /// Bytes that conversions read and write beside the product itself.
+  std::size_t converted_bytes = 0;
 };
 
 /// Something that multiplies matrices. Derive from it to bring your own.
@@ -67,11 +110,27 @@ class GemmBackend {
  public:
   virtual ~GemmBackend() = default;
   virtual std::string name() const = 0;
+  /// What a measured ranking depends on besides device and problem: a library's version, say.
+  virtual std::string version() const { return "1"; }
   /// Whether it would run the problem on such a device. Pure: no device work, no pointers read, so
   /// it can be asked on a machine without a GPU.
   virtual GemmSupport query(const GemmProblem& problem, const GemmDevice& device) const = 0;
-  /// Enqueues the product on the context's stream. Called only for problems it said yes to.
+  /// Enqueues the product on the context's stream. Called only for problems it said yes to, with m,
+  /// n and k above 0 and arguments that have been checked.
   virtual void run(const Context& ctx, const GemmProblem& problem, const GemmArgs& args) = 0;
+
+  /// The ways it has to run a problem, as texts that can be kept in a file; the registry times
+  /// them. Without ways there is just the one.
+  virtual std::vector<std::string> candidates(const Context& ctx, const GemmProblem& problem) {
+    static_cast<void>(ctx), static_cast<void>(problem);
+    return {};
+  }
+  /// From now on run() takes this way for the problem. False, and nothing changes, if it cannot.
+  virtual bool select(const Context& ctx, const GemmProblem& problem,
+                      const std::string& candidate) {
+    static_cast<void>(ctx), static_cast<void>(problem), static_cast<void>(candidate);
+    return false;
+  }
 };
 
 /// The library's CPU backend: FP32 sums in a fixed order (sequential within 128 of k by fma, then

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "octet/core/block_scales.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace octet {
@@ -71,8 +72,6 @@ void sum_columns(const Context& ctx, const TensorView& sums, const TensorView& o
 /// and scale_inv alone. NaN and infinity stay visible in it. Stream-ordered, deterministic.
 void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale);
 
-/// Rows of a transposed copy: `rows` rounded up to the multiple of 16 that FP8 GEMMs contract over.
-constexpr std::int64_t padded_rows(std::int64_t rows) { return (rows + 15) / 16 * 16; }
 /// Rows of QuantizeArgs::column_sums for an input of `rows` rows.
 constexpr std::int64_t column_sum_rows(std::int64_t rows) { return (rows + 127) / 128; }
 
