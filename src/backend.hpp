@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "octet/ops/adamw.hpp"
+#include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"
@@ -35,6 +36,11 @@ struct Backend {
   void (*convert)(const Context&, const ScaledView& in, const TensorView& out);
   void (*transpose)(const Context&, const TensorView& in, const TensorView& out);
   void (*sum_columns)(const Context&, const TensorView& sums, const TensorView& out);
+  void (*block_quantize)(const Context&, const BlockQuantizeArgs&);
+  void (*block_dequantize)(const Context&, const BlockScaledView& in, const TensorView& out);
+  void (*broadcast_scale)(const Context&, const TensorScale*, const BlockScaledView& out);
+  void (*make_gemm_ready)(const Context&, const void* compact, std::int64_t rows,
+                          std::int64_t columns, void* gemm_ready);
   void (*delayed_update)(const Context&, const DelayedArgs&);
   void (*measure_amax)(const Context&, const TensorView& in, TensorScale* scale);
   void (*adamw_initialise)(const Context&, const AdamwInit&);

@@ -21,6 +21,7 @@
 #include "octet/nn/linear.hpp"
 #include "octet/ops/adamw.hpp"
 #include "octet/ops/adamw_rows.hpp"
+#include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"

@@ -7,20 +7,6 @@
 namespace octet::detail::cpu {
 namespace {
 
-float amax_of(const TensorView& in) {
-  return for_dtype(in.dtype, [&]<class In>(In) {
-    const auto* data = in.as<const typename In::Storage>();
-    const std::int64_t count = in.numel();
-    std::uint32_t largest = 0;
-#pragma omp parallel for reduction(max : largest) if (count > 65536)
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::uint32_t bits = magnitude_bits(In::decode(data[i]));
-      largest = bits > largest ? bits : largest;
-    }
-    return bits_float(largest);
-  });
-}
-
 template <class In, class Out>
 void cast(const QuantizeArgs& args, float scale) {
   const auto* in = args.in.as<const typename In::Storage>();
@@ -44,28 +30,6 @@ void cast_transposed(const QuantizeArgs& args, float scale) {
       line[r] = Out::encode(In::decode(in[r * columns + c]) * scale);
     }
     for (std::int64_t r = rows; r < pitch; ++r) line[r] = 0;
-  }
-}
-
-/// What QuantizeArgs::column_sums defines.
-template <class In>
-void sum_tiles(const QuantizeArgs& args) {
-  constexpr std::int64_t kRows = 128, kLanes = 32;
-  const auto* in = args.in.as<const typename In::Storage>();
-  const std::int64_t rows = args.in.shape[0], columns = args.in.shape[1];
-  const std::int64_t panels = column_sum_rows(rows);
-#pragma omp parallel for if (rows * columns > 65536)
-  for (std::int64_t panel = 0; panel < panels; ++panel) {
-    for (std::int64_t c = 0; c < columns; ++c) {
-      float lanes[kLanes] = {};
-      for (std::int64_t r = 0; r < kRows && panel * kRows + r < rows; ++r) {
-        lanes[r % kLanes] += In::decode(in[(panel * kRows + r) * columns + c]);
-      }
-      for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
-        for (std::int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-      }
-      args.column_sums.as<float>()[panel * columns + c] = unscaled(lanes[0], 1.0f);
-    }
   }
 }
 
@@ -103,6 +67,41 @@ void transpose_bytes(const std::uint8_t* in, std::uint8_t* out, std::int64_t row
 
 }  // namespace
 
+float amax_of(const TensorView& in) {
+  return for_dtype(in.dtype, [&]<class In>(In) {
+    const auto* data = in.as<const typename In::Storage>();
+    const std::int64_t count = in.numel();
+    std::uint32_t largest = 0;
+#pragma omp parallel for reduction(max : largest) if (count > 65536)
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::uint32_t bits = magnitude_bits(In::decode(data[i]));
+      largest = bits > largest ? bits : largest;
+    }
+    return bits_float(largest);
+  });
+}
+
+void sum_tiles(const TensorView& in, const TensorView& sums) {
+  constexpr std::int64_t kRows = 128, kLanes = 32;
+  const std::int64_t rows = in.shape[0], columns = in.shape[1], panels = sums.shape[0];
+  for_dtype(in.dtype, [&]<class In>(In) {
+    const auto* data = in.as<const typename In::Storage>();
+#pragma omp parallel for if (rows * columns > 65536)
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        float lanes[kLanes] = {};
+        for (std::int64_t r = 0; r < kRows && panel * kRows + r < rows; ++r) {
+          lanes[r % kLanes] += In::decode(data[(panel * kRows + r) * columns + c]);
+        }
+        for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
+          for (std::int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+        }
+        sums.as<float>()[panel * columns + c] = unscaled(lanes[0], 1.0f);
+      }
+    }
+  });
+}
+
 void quantize(const Context&, const QuantizeArgs& args) {
   const float amax = amax_of(args.in);
   TensorScale& scale = *args.out.scale;
@@ -112,8 +111,8 @@ void quantize(const Context&, const QuantizeArgs& args) {
     scale.amax = amax;
   }
   if (args.nonfinite != nullptr && !is_finite_bits(magnitude_bits(amax))) *args.nonfinite = 1;
+  if (!args.column_sums.empty()) sum_tiles(args.in, args.column_sums);
   for_dtype(args.in.dtype, [&]<class In>(In) {
-    if (!args.column_sums.empty()) sum_tiles<In>(args);
     auto run = [&]<class Out>(Out) {
       if (args.counters != nullptr) count<In, Out>(args, scale.scale);
       if (!args.out.data.empty()) cast<In, Out>(args, scale.scale);

@@ -10,7 +10,8 @@ struct BlockQuantizeArgs {
   /// f32, bf16 or f16, [R, C].
   TensorView in = {};
   /// e4m3 or e5m2, row_block, tile or mx. Its data are [R, C], or [padded_rows(R), C], of which the
-  /// further rows become zero. May be empty where only the transposed copy is wanted.
+  /// further rows become zero, as do their scales. May be empty where only the transposed copy is
+  /// wanted.
   BlockScaledView out = {};
   /// Optional copy [C, padded_rows(R)] of the same dtype and granularity, with scales of its own:
   /// its blocks run along R, so except for tiles its numbers are others than those of `out`. The
@@ -30,7 +31,8 @@ struct BlockQuantizeArgs {
 /// row_block, tile: scale = 1 / 2^(exponent of maximum / amax), a power of two as in quantize(); 1
 /// where amax is 0 or not finite. NaN stays NaN, infinity saturates, either raises the flag.
 /// mx: E8M0 byte = exponent of amax * fp32(1 / maximum), rounded up when any bit of the mantissa is
-/// set; amax 0 gives byte 0 (2^-127), infinity 254, NaN 255, which decodes every element as NaN.
+/// set; a product of at most 2^-127, which byte 0 stands for, gives byte 0; amax 0 gives byte 0,
+/// infinity 254, NaN 255, with which every element of the block is stored as NaN.
 /// Stream-ordered, no synchronisation. Deterministic, equal bits on CPU and CUDA.
 /// Throws octet::Error for dtypes, shapes, granularities or devices that do not fit, scales that
 /// are not aligned, and outputs that overlap the input or one another.
@@ -38,13 +40,15 @@ struct BlockQuantizeArgs {
 /// with the rounding of "Recipes for Pre-training LLMs with MXFP8" (arXiv 2506.08027).
 void block_quantize(const Context& ctx, const BlockQuantizeArgs& args);
 
-/// out [R, C] (f32, bf16 or f16) = stored * scale, rounded once. Stream-ordered. Deterministic,
-/// equal bits on CPU and CUDA.
+/// out (f32, bf16 or f16, of the shape of the data) = stored * scale, rounded once. row_block, tile
+/// or mx. Stream-ordered. Deterministic, equal bits on CPU and CUDA.
 void block_dequantize(const Context& ctx, const BlockScaledView& in, const TensorView& out);
 
 /// Scales of an FP8 matrix that has one for the whole tensor, as scales of blocks that all are that
-/// one: lets a tensor-scaled weight into a product with blocks, exactly. `granularity` is
-/// row_block, tile or mx. Stream-ordered.
+/// one: lets a tensor-scaled weight into a product with blocks, exactly. Reads scale_inv alone,
+/// which for mx must be a power of two, as all scales of the library are. Of `out` the shape of the
+/// data counts, their pointer may be null; its granularity is row_block, tile or mx.
+/// Stream-ordered. Deterministic, equal bits on CPU and CUDA.
 void broadcast_scale(const Context& ctx, const TensorScale* scale, const BlockScaledView& out);
 
 /// mx scales from compact to gemm_ready; the padding becomes zero. rows and columns are those of
