@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend.hpp"
 #include "cuda/gemm/cublaslt.hpp"
+#include "cuda/gemm/cuda_gemm.hpp"
 #include "cuda/ops/cuda_ops.hpp"
 #include "cuda/runtime/runtime.hpp"
 #include "octet/gemm/gemm.hpp"
@@ -31,6 +32,7 @@ const CudaPart& cuda_part() {
       .mean_scales = cuda::mean_scales,
       .reduce_mean = cuda::reduce_mean,
       .max_amax = cuda::max_amax,
+      .epilogue = cuda::epilogue,
   };
   static const CudaPart part = {
       .backend = &table,

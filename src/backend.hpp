@@ -16,7 +16,9 @@
 
 namespace octet {
 class GemmBackend;
-}
+struct GemmArgs;
+struct GemmProblem;
+}  // namespace octet
 
 namespace octet::detail {
 
@@ -51,6 +53,8 @@ struct Backend {
   void (*reduce_mean)(const Context&, const MeanArgs&);
   void (*max_amax)(const Context&, const TensorScale* gathered, int ranks, std::int64_t count,
                    TensorScale* out);
+  // gemm
+  void (*epilogue)(const Context&, const GemmProblem&, const float* sums, const GemmArgs&);
 };
 
 const Backend& cpu_backend();

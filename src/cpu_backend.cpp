@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend.hpp"
+#include "gemm/cpu_gemm.hpp"
 #include "ops/cpu_ops.hpp"
 #include "runtime/cpu.hpp"
 
@@ -33,6 +34,7 @@ const Backend& cpu_backend() {
       .mean_scales = cpu::mean_scales,
       .reduce_mean = cpu::reduce_mean,
       .max_amax = cpu::max_amax,
+      .epilogue = cpu::epilogue,
   };
   return table;
 }

@@ -1,18 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "gemm/cpu_gemm.hpp"
+#include "gemm/problem_rules.hpp"
 #include "gemm/reference_kernels.hpp"
-#include "octet/core/detail/element.hpp"
+#include "gemm/team.hpp"
 #include "octet/gemm/gemm.hpp"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace octet {
 namespace detail {
@@ -26,47 +22,29 @@ constexpr std::int64_t kChunkFloats = std::int64_t{1} << 20;
 constexpr std::int64_t kMinChunkPanels = 8;
 /// Below this many multiplications, waking a team costs more than it saves.
 constexpr std::int64_t kMinParallelWork = std::int64_t{1} << 18;
-constexpr std::int64_t kBlockA = kGemmRows * kGemmDepth;
-constexpr std::int64_t kBlockB = kGemmColumns * kGemmDepth;
+/// A packed block: its elements, then the scale of each of its rows or columns.
+constexpr std::int64_t kElementsA = kGemmRows * kGemmDepth;
+constexpr std::int64_t kElementsB = kGemmColumns * kGemmDepth;
+constexpr std::int64_t kBlockA = kElementsA + 16;  // a multiple of a cache line
+constexpr std::int64_t kBlockB = kElementsB + kGemmColumns;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-template <DType D>
-constexpr std::array<float, 256> decode_table() {
-  std::array<float, 256> table{};
-  for (std::size_t i = 0; i < 256; ++i) table[i] = Element<D>::decode(static_cast<std::uint8_t>(i));
-  return table;
-}
-constexpr std::array<float, 256> kE4M3 = decode_table<DType::e4m3>();
-constexpr std::array<float, 256> kE5M2 = decode_table<DType::e5m2>();
-
-/// Elements [begin, begin + count) of an operand, as floats.
-void decode(const void* data, DType dtype, std::int64_t begin, std::int64_t count, float* out) {
-  if (dtype == DType::f32) {
-    std::memcpy(out, static_cast<const float*>(data) + begin,
-                static_cast<std::size_t>(count) * sizeof(float));
-  } else if (dtype == DType::bf16) {
-    const std::uint16_t* codes = static_cast<const std::uint16_t*>(data) + begin;
-    for (std::int64_t i = 0; i < count; ++i) out[i] = decode_bf16(codes[i]);
-  } else {
-    const std::uint8_t* codes = static_cast<const std::uint8_t*>(data) + begin;
-    const float* table = dtype == DType::e4m3 ? kE4M3.data() : kE5M2.data();
-    for (std::int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
+/// `count` elements along k of a row of an operand that is not transposed. Scales of mx are finer
+/// than a block: they are multiplied in here, being powers of two.
+void decode_along_k(const GemmOperand& operand, std::int64_t row, std::int64_t begin,
+                    std::int64_t count, float* out) {
+  cpu::decode_run(operand, row, begin, count, out);
+  if (!operand.has_mx()) return;
+  for (std::int64_t i = 0; i < count; i += 32) {
+    const float scale = operand.scale_at(row, begin + i);
+    for (std::int64_t j = i; j < std::min(i + 32, count); ++j) out[j] *= scale;
   }
 }
 
-/// Rounds one row of accumulators to D. Every NaN becomes the same NaN: which one an fma gives
-/// depends on the order of its operands.
-void store_row(const float* acc, std::int64_t count, DType dtype, void* data, std::int64_t begin) {
-  if (dtype == DType::bf16) {
-    std::uint16_t* out = static_cast<std::uint16_t*>(data) + begin;
-    for (std::int64_t c = 0; c < count; ++c) out[c] = encode_bf16(acc[c]);
-    return;
-  }
-  float* out = static_cast<float*>(data) + begin;
-  for (std::int64_t c = 0; c < count; ++c) {
-    out[c] = acc[c] == acc[c] ? acc[c] : bits_float(0x7FFFFFFFu);
-  }
+/// Factor of the 128 elements of a row from `begin` on.
+float block_scale_of(const GemmOperand& operand, std::int64_t row, std::int64_t begin) {
+  return operand.has_mx() ? 1.0f : operand.scale_at(row, begin);
 }
 
 /// Rows that a kernel computes for `rows` that are wanted: 4, 8 or 12.
@@ -76,7 +54,7 @@ struct Job {
   const GemmProblem& problem;
   const GemmArgs& args;
   const GemmKernel& kernel;
-  float scale;
+  GemmOperand a, b;
   std::int64_t k_blocks;
   std::int64_t tile_rows;
 
@@ -87,25 +65,29 @@ struct Job {
 
   void pack_b(std::int64_t column, float* packed) const;
   void pack_a(std::int64_t row, std::int64_t rows, float* packed) const;
-  void run_tile(std::int64_t row, std::int64_t column, std::int64_t panels, const float* packed_b,
-                float* packed_a) const;
+  std::uint32_t run_tile(std::int64_t row, std::int64_t column, std::int64_t panels,
+                         const float* packed_b, float* packed_a) const;
 };
 
-/// One panel of B, kGemmColumns columns from `column` on, as [k][kGemmColumns] with zeros beyond n.
+/// One panel of B, kGemmColumns columns from `column` on, each block as [k][kGemmColumns] with
+/// zeros beyond n.
 void Job::pack_b(std::int64_t column, float* packed) const {
   const std::int64_t columns = std::min(kGemmColumns, problem.n - column);
   if (columns < kGemmColumns) std::fill_n(packed, k_blocks * kBlockB, 0.0f);
-  if (problem.b_transposed) {
-    for (std::int64_t p = 0; p < problem.k; ++p) {
-      decode(args.b, problem.b, p * problem.n + column, columns, packed + p * kGemmColumns);
-    }
-    return;
-  }
   float rows[kGemmColumns][kGemmDepth];
   for (std::int64_t block = 0; block < k_blocks; ++block, packed += kBlockB) {
+    const std::int64_t begin = block * kGemmDepth;
     for (std::int64_t c = 0; c < columns; ++c) {
-      decode(args.b, problem.b, (column + c) * problem.k + block * kGemmDepth, depth(block),
-             rows[c]);
+      packed[kElementsB + c] = block_scale_of(b, column + c, begin);
+    }
+    if (problem.b_transposed) {
+      for (std::int64_t p = 0; p < depth(block); ++p) {
+        cpu::decode_run(b, begin + p, column, columns, packed + p * kGemmColumns);
+      }
+      continue;
+    }
+    for (std::int64_t c = 0; c < columns; ++c) {
+      decode_along_k(b, column + c, begin, depth(block), rows[c]);
     }
     for (std::int64_t p = 0; p < depth(block); ++p) {
       for (std::int64_t c = 0; c < columns; ++c) packed[p * kGemmColumns + c] = rows[c][p];
@@ -120,14 +102,16 @@ void Job::pack_a(std::int64_t row, std::int64_t rows, float* packed) const {
     for (std::int64_t block = 0; block < k_blocks; ++block, packed += kBlockA) {
       const std::int64_t begin = block * kGemmDepth;
       if (count % 4 != 0) std::fill_n(packed, kBlockA, 0.0f);
+      for (std::int64_t r = 0; r < count; ++r) {
+        packed[kElementsA + r] = block_scale_of(a, row + r, begin);
+      }
       if (problem.a_transposed) {
         for (std::int64_t p = 0; p < depth(block); ++p) {
-          decode(args.a, problem.a, (begin + p) * problem.m + row, count, packed + p * kGemmRows);
+          cpu::decode_run(a, begin + p, row, count, packed + p * kGemmRows);
         }
       } else {
         for (std::int64_t r = 0; r < count; ++r) {
-          decode(args.a, problem.a, (row + r) * problem.k + begin, depth(block),
-                 packed + r * kGemmDepth);
+          decode_along_k(a, row + r, begin, depth(block), packed + r * kGemmDepth);
         }
       }
     }
@@ -135,26 +119,36 @@ void Job::pack_a(std::int64_t row, std::int64_t rows, float* packed) const {
 }
 
 /// tile_rows rows of D from `row` on, for `panels` panels of packed B that start at `column`.
-void Job::run_tile(std::int64_t row, std::int64_t column, std::int64_t panels,
-                   const float* packed_b, float* packed_a) const {
+/// Returns what finish_row() does.
+std::uint32_t Job::run_tile(std::int64_t row, std::int64_t column, std::int64_t panels,
+                            const float* packed_b, float* packed_a) const {
   const std::int64_t rows = std::min(tile_rows, problem.m - row);
   pack_a(row, rows, packed_a);
   alignas(64) float acc[kMaxTileRows * kGemmColumns];
+  std::uint32_t largest = 0;
   for (std::int64_t panel = 0; panel < panels; ++panel, column += kGemmColumns) {
     for (std::int64_t block = 0; block < k_blocks; ++block) {
-      const float* b = packed_b + (panel * k_blocks + block) * kBlockB;
+      const float* of_b = packed_b + (panel * k_blocks + block) * kBlockB;
       for (std::int64_t r = 0; r < rows; r += kGemmRows) {
-        const float* a = packed_a + (r / kGemmRows * k_blocks + block) * kBlockA;
-        const int count = static_cast<int>(kernel_rows(std::min(kGemmRows, rows - r)));
-        kernel.run(
-            {a, b, acc + r * kGemmColumns, depth(block), count, layout(), block == 0, scale});
+        const float* of_a = packed_a + (r / kGemmRows * k_blocks + block) * kBlockA;
+        kernel.run({.a = of_a,
+                    .b = of_b,
+                    .acc = acc + r * kGemmColumns,
+                    .row_scales = of_a + kElementsA,
+                    .column_scales = of_b + kElementsB,
+                    .depth = depth(block),
+                    .rows = static_cast<int>(kernel_rows(std::min(kGemmRows, rows - r))),
+                    .layout = layout(),
+                    .first = block == 0});
       }
     }
     const std::int64_t columns = std::min(kGemmColumns, problem.n - column);
     for (std::int64_t r = 0; r < rows; ++r) {
-      store_row(acc + r * kGemmColumns, columns, problem.d, args.d, (row + r) * problem.n + column);
+      largest = std::max(largest, cpu::finish_row(problem, args, acc + r * kGemmColumns, row + r,
+                                                  column, columns));
     }
   }
+  return largest;
 }
 
 /// Floats aligned to a cache line, kept between calls.
@@ -175,20 +169,7 @@ class Scratch {
 };
 
 int team_size(const GemmProblem& problem) {
-#ifdef _OPENMP
-  if (problem.m * problem.n * problem.k >= kMinParallelWork) return omp_get_max_threads();
-#else
-  static_cast<void>(problem);
-#endif
-  return 1;
-}
-
-int team_member() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
+  return problem.m * problem.n * problem.k >= kMinParallelWork ? cpu::team_limit() : 1;
 }
 
 class ReferenceGemm final : public GemmBackend {
@@ -208,27 +189,27 @@ GemmSupport ReferenceGemm::query(const GemmProblem& problem, const GemmDevice& d
   if (device.type != DeviceType::cpu) {
     return {GemmVerdict::no, "the device is not a CPU"};
   }
-  for (const auto& [name, dtype] : {std::pair("a", problem.a), std::pair("b", problem.b)}) {
-    if (dtype != DType::f16) continue;
-    return {GemmVerdict::no, std::string(name) + " is f16; f32, bf16, e4m3 and e5m2 are allowed"};
+  if (const std::string reason = problem_refusal(problem); !reason.empty()) {
+    return {GemmVerdict::no, reason};
   }
-  if (problem.d != DType::f32 && problem.d != DType::bf16) {
-    return {GemmVerdict::no,
-            "d is " + std::string(name_of(problem.d)) + "; f32 and bf16 are allowed"};
+  if (problem.accumulation == Accumulation::exact) {
+    return {GemmVerdict::native, "sums in double, rounded once"};
   }
   return {GemmVerdict::native, std::string("FP32 sums over blocks of 128, kernel ") + kernel_.name};
 }
 
 void ReferenceGemm::run(const Context&, const GemmProblem& problem, const GemmArgs& args) {
   const int threads = team_size(problem);
+  if (problem.accumulation == Accumulation::exact) {
+    return cpu::exact_product(problem, args, threads);
+  }
   // As many tiles as threads, or a multiple, so that all threads end together.
   const std::int64_t tiles = ceil_div(ceil_div(problem.m, kMaxTileRows), threads) * threads;
-  const float scale_a = is_fp8(problem.a) ? *static_cast<const float*>(args.a_scales) : 1.0f;
-  const float scale_b = is_fp8(problem.b) ? *static_cast<const float*>(args.b_scales) : 1.0f;
   const Job job{problem,
                 args,
                 kernel_,
-                scale_a * scale_b,
+                operand_a(problem, args),
+                operand_b(problem, args),
                 ceil_div(problem.k, kGemmDepth),
                 kernel_rows(ceil_div(problem.m, tiles))};
   const std::int64_t panels = ceil_div(problem.n, kGemmColumns);
@@ -238,7 +219,8 @@ void ReferenceGemm::run(const Context&, const GemmProblem& problem, const GemmAr
   const std::int64_t a_floats = ceil_div(job.tile_rows, kGemmRows) * job.k_blocks * kBlockA;
   float* const packed_b = packed_b_.get(chunk * panel_floats);
   float* const packed_a = packed_a_.get(threads * a_floats);
-#pragma omp parallel num_threads(threads)
+  std::uint32_t largest = 0;
+#pragma omp parallel num_threads(threads) reduction(max : largest)
   for (std::int64_t first = 0; first < panels; first += chunk) {
     const std::int64_t count = std::min(chunk, panels - first);
 #pragma omp for schedule(static)
@@ -247,9 +229,11 @@ void ReferenceGemm::run(const Context&, const GemmProblem& problem, const GemmAr
     }
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < problem.m; row += job.tile_rows) {
-      job.run_tile(row, first * kGemmColumns, count, packed_b, packed_a + team_member() * a_floats);
+      float* const own = packed_a + cpu::team_member() * a_floats;
+      largest = std::max(largest, job.run_tile(row, first * kGemmColumns, count, packed_b, own));
     }
   }
+  if (is_fp8(problem.d) && args.d_amax != nullptr) *args.d_amax = bits_float(largest);
 }
 
 }  // namespace

@@ -35,7 +35,8 @@ void portable_tile(const GemmTile& tile) {
     }
     float* acc = tile.acc + r * kGemmColumns;
     for (std::int64_t c = 0; c < kGemmColumns; ++c) {
-      acc[c] = fma_of(tile.scale, partial[c], tile.first ? 0.0f : acc[c]);
+      const float scale = tile.row_scales[r] * tile.column_scales[c];
+      acc[c] = fma_of(scale, partial[c], tile.first ? 0.0f : acc[c]);
     }
   }
 }
@@ -62,14 +63,17 @@ template <int Rows, PackedA Layout>
     a += depth_step(Layout);
     b += kGemmColumns;
   }
-  const __m512 scale = _mm512_set1_ps(tile.scale);
+  const __m512 scale_left = _mm512_loadu_ps(tile.column_scales);
+  const __m512 scale_right = _mm512_loadu_ps(tile.column_scales + 16);
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
+    const __m512 scale = _mm512_set1_ps(tile.row_scales[r]);
     float* acc = tile.acc + r * kGemmColumns;
     const __m512 old_left = tile.first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc);
     const __m512 old_right = tile.first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + 16);
-    _mm512_storeu_ps(acc, _mm512_fmadd_ps(scale, left[r], old_left));
-    _mm512_storeu_ps(acc + 16, _mm512_fmadd_ps(scale, right[r], old_right));
+    _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_mul_ps(scale, scale_left), left[r], old_left));
+    _mm512_storeu_ps(acc + 16,
+                     _mm512_fmadd_ps(_mm512_mul_ps(scale, scale_right), right[r], old_right));
   }
 }
 
@@ -106,14 +110,17 @@ template <int Rows, PackedA Layout>
     a += depth_step(Layout);
     b += kGemmColumns;
   }
-  const __m256 scale = _mm256_set1_ps(tile.scale);
+  const __m256 scale_left = _mm256_loadu_ps(tile.column_scales + column);
+  const __m256 scale_right = _mm256_loadu_ps(tile.column_scales + column + 8);
 #pragma GCC unroll 6
   for (int r = 0; r < Rows; ++r) {
+    const __m256 scale = _mm256_set1_ps(tile.row_scales[row + r]);
     float* acc = tile.acc + (row + r) * kGemmColumns + column;
     const __m256 old_left = tile.first ? _mm256_setzero_ps() : _mm256_loadu_ps(acc);
     const __m256 old_right = tile.first ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + 8);
-    _mm256_storeu_ps(acc, _mm256_fmadd_ps(scale, left[r], old_left));
-    _mm256_storeu_ps(acc + 8, _mm256_fmadd_ps(scale, right[r], old_right));
+    _mm256_storeu_ps(acc, _mm256_fmadd_ps(_mm256_mul_ps(scale, scale_left), left[r], old_left));
+    _mm256_storeu_ps(acc + 8,
+                     _mm256_fmadd_ps(_mm256_mul_ps(scale, scale_right), right[r], old_right));
   }
 }
 

@@ -24,16 +24,18 @@ enum class PackedA : std::uint8_t {
   along_rows  ///< [kGemmDepth][kGemmRows]
 };
 
-/// One step of one tile: acc = fma(scale, sum of a * b over the depth by fma from zero, acc).
+/// One step of one tile: acc = fma(row scale * column scale, sum of a * b over the depth by fma
+/// from zero, acc).
 struct GemmTile {
-  const float* a = nullptr;  ///< packed block of A
-  const float* b = nullptr;  ///< [depth][kGemmColumns]
-  float* acc = nullptr;      ///< [rows][kGemmColumns]
-  std::int64_t depth = 0;    ///< 1 to kGemmDepth
-  int rows = 0;              ///< 4, 8 or 12
+  const float* a = nullptr;              ///< packed block of A
+  const float* b = nullptr;              ///< [depth][kGemmColumns]
+  float* acc = nullptr;                  ///< [rows][kGemmColumns]
+  const float* row_scales = nullptr;     ///< [rows]
+  const float* column_scales = nullptr;  ///< [kGemmColumns]
+  std::int64_t depth = 0;                ///< 1 to kGemmDepth
+  int rows = 0;                          ///< 4, 8 or 12
   PackedA layout = PackedA::along_k;
   bool first = false;  ///< take acc as zero, whatever it holds
-  float scale = 1.0f;
 };
 
 struct GemmKernel {

@@ -178,7 +178,7 @@ Bytes multiply(const Context& ctx, const GemmProblem& p, const Matrix& a, const 
 
 inline GemmProblem problem_of(std::int64_t m, std::int64_t n, std::int64_t k, const Matrix& a,
                               const Matrix& b, DType d) {
-  return {m, n, k, a.dtype, b.dtype, d, a.transposed, b.transposed, false};
+  return {m, n, k, a.dtype, b.dtype, d, a.transposed, b.transposed};
 }
 
 }  // namespace octet::test

@@ -14,7 +14,7 @@ using namespace octet::test;
 
 namespace {
 
-const DType kOperands[] = {DType::f32, DType::bf16, DType::e4m3, DType::e5m2};
+const DType kOperands[] = {DType::f32, DType::bf16, DType::f16, DType::e4m3, DType::e5m2};
 const DType kOutputs[] = {DType::f32, DType::bf16};
 
 Bytes run_reference(const std::string& kernel, const GemmProblem& p, const Matrix& a,
@@ -175,8 +175,46 @@ TEST_CASE("reference GEMM: kernels by name, and what it says no to") {
     return support.verdict == GemmVerdict::native ? "yes" : support.reason;
   };
   CHECK(reason({.m = 1, .n = 1, .k = 1}, {}) == "yes");
-  CHECK(missing(reason({.a = DType::f16}, {}), {"a is f16", "bf16"}) == "");
-  CHECK(missing(reason({.b = DType::f16}, {}), {"b is f16", "bf16"}) == "");
-  CHECK(missing(reason({.d = DType::e4m3}, {}), {"d is e4m3", "f32"}) == "");
+  const auto refuses = [&](const GemmProblem& p, std::initializer_list<std::string> words) {
+    CHECK(missing(reason(p, {}), words) == "");
+  };
+  const GemmProblem p{.m = 4, .n = 8, .k = 16};
+  const auto with = [&](auto change) {
+    GemmProblem changed = p;
+    change(changed);
+    return changed;
+  };
+  refuses(with([](GemmProblem& x) { x.lda = 15; }), {"lda is 15", "16"});
+  refuses(with([](GemmProblem& x) { x.lda = -1; }), {"lda is -1", "16"});
+  refuses(with([](GemmProblem& x) { x.a_transposed = true, x.lda = 3; }), {"lda is 3", "4"});
+  refuses(with([](GemmProblem& x) { x.ldb = 15; }), {"ldb is 15", "16"});
+  refuses(with([](GemmProblem& x) { x.b_transposed = true, x.ldb = 7; }), {"ldb is 7", "8"});
+  refuses(with([](GemmProblem& x) { x.ldd = 7; }), {"ldd is 7", "8"});
+  for (Granularity g :
+       {Granularity::row, Granularity::row_block, Granularity::tile, Granularity::mx}) {
+    const std::string name(name_of(g));
+    refuses(with([&](GemmProblem& x) { x.a_transposed = true, x.a_scales = g; }),
+            {"a is transposed with " + name + " scales", "tensor"});
+    refuses(with([&](GemmProblem& x) { x.b_transposed = true, x.b_scales = g; }),
+            {"b is transposed with " + name + " scales", "tensor"});
+    const GemmProblem wide = with([&](GemmProblem& x) {
+      x.a_transposed = true, x.a_scales = g, x.a = DType::bf16;  // no scales, so no matter
+    });
+    CHECK(reason(wide, {}) == "yes");
+  }
+  for (DType d : {DType::f16, DType::e4m3, DType::e5m2}) {
+    refuses(with([&](GemmProblem& x) { x.accumulate = true, x.d = d; }),
+            {"accumulate", "d is " + std::string(name_of(d)), "f32 and bf16"});
+    CHECK(reason(with([&](GemmProblem& x) { x.d = d; }), {}) == "yes");
+  }
+  refuses(with([](GemmProblem& x) { x.bias = true, x.bias_type = DType::e4m3; }),
+          {"bias_type is e4m3", "f16"});
+  refuses(with([](GemmProblem& x) { x.aux = true; }), {"aux is set", "none", "gelu"});
+  refuses(with([](GemmProblem& x) { x.activation = Activation::dgelu; }),
+          {"dgelu", "aux is not set"});
+  refuses(with([](GemmProblem& x) {
+            x.activation = Activation::gelu, x.aux = true, x.aux_type = DType::e5m2;
+          }),
+          {"aux_type is e5m2", "bf16"});
   CHECK(missing(reason({}, {DeviceType::cuda, 90}), {"not a CPU"}) == "");
 }

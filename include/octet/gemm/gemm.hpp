@@ -133,11 +133,16 @@ class GemmBackend {
   }
 };
 
-/// The library's CPU backend: FP32 sums in a fixed order (sequential within 128 of k by fma, then
-/// acc = fma(scale_a * scale_b, partial, acc)), one rounding to D. Deterministic: the bits do not
-/// depend on the number of threads or the width of vectors. f32, bf16 and FP8 operands in any
-/// mixture and layout; D f32 or bf16. Keeps some megabytes of host memory as scratch between calls.
-/// `kernel` is one of reference_gemm_kernels(), or empty for the first of them.
+/// The library's CPU backend, which serves every problem whose fields do not exclude each other:
+/// operands of any dtypes and granularities in any mixture, every D, every epilogue.
+/// promoted and fast: FP32 sums in a fixed order (sequential within 128 of k by fma, then
+/// acc = fma(scale_a * scale_b, partial, acc) with the scales of the row, the column and these
+/// 128), then what apply_epilogue() does, one rounding to D. mx scales are powers of two and belong
+/// to 32 of k: they multiply the elements before the sum, which is exact but for what a float
+/// cannot hold, from 2^128 on. exact: operands, scales, sum and epilogue in double, rounded once to
+/// D and to aux. Deterministic: the bits do not depend on the number of threads or the width of
+/// vectors. Keeps some megabytes of host memory as scratch between calls. `kernel` is one of
+/// reference_gemm_kernels(), or empty for the first of them.
 std::unique_ptr<GemmBackend> make_reference_gemm(std::string_view kernel = {});
 
 /// The inner loops that this processor can run, fastest first, of "avx512", "avx2", "portable". All
