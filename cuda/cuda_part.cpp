@@ -33,6 +33,7 @@ const CudaPart& cuda_part() {
       .reduce_mean = cuda::reduce_mean,
       .max_amax = cuda::max_amax,
       .epilogue = cuda::epilogue,
+      .operand_to_bf16 = cuda::operand_to_bf16,
   };
   static const CudaPart part = {
       .backend = &table,

@@ -22,6 +22,8 @@ struct GemmProblem;
 
 namespace octet::detail {
 
+struct GemmOperand;
+
 struct Backend {
   // runtime
   void* (*allocate)(std::size_t bytes, CUstream_st* stream, void* device_index);
@@ -55,6 +57,7 @@ struct Backend {
                    TensorScale* out);
   // gemm
   void (*epilogue)(const Context&, const GemmProblem&, const float* sums, const GemmArgs&);
+  void (*operand_to_bf16)(const Context&, const GemmOperand&, void* out);
 };
 
 const Backend& cpu_backend();
