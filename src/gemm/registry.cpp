@@ -7,6 +7,7 @@
 #include "gemm/problem.hpp"
 #include "gemm/ranking.hpp"
 #include "gemm/timing.hpp"
+#include "octet/gemm/dequant_bf16.hpp"
 #include "octet/gemm/epilogue.hpp"
 #include "octet/gemm/gemm.hpp"
 
@@ -34,6 +35,13 @@ std::string key_of(const GemmDevice& device, const GemmBackend& backend,
   return detail::ranking_key(device.name, backend.name(), backend.version(), to_string(problem));
 }
 
+/// The first with a verdict.
+template <class List>
+auto first_of(const List& list, GemmVerdict verdict) {
+  return &*std::find_if(list.begin(), list.end(),
+                        [&](const auto& c) { return c.support.verdict == verdict; });
+}
+
 std::string_view name_of(GemmVerdict verdict) {
   constexpr std::string_view kNames[] = {"native", "with conversion", "no"};
   return kNames[static_cast<int>(verdict)];
@@ -48,6 +56,7 @@ GemmRegistry::GemmRegistry(const Context& ctx)
                                            : detail::cuda_part().make_cublaslt(ctx);
   };
 
+  add(make_dequant_bf16_gemm(make_inner()));
   add(make_inner());
   if (const char* name = std::getenv("OCTET_GEMM")) force(name);
   if (const char* file = std::getenv("OCTET_GEMM_RANKING")) keep_ranking(file);
@@ -89,23 +98,27 @@ GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
   const auto time_of = [&](const Candidate& c) {
     return ranking_->find(key_of(device_, *c.backend, problem));
   };
+  GemmVerdict tier = GemmVerdict::no;
+  for (const Candidate& c : list) {
+    report << c.backend->name() << ": " << name_of(c.support.verdict) << ", " << c.support.reason;
+    if (const detail::Measured* measured = time_of(c)) {
+      report << ", measured " << measured->microseconds << " us";
+    }
+    report << "\n";
+    tier = std::min(tier, c.support.verdict);
+  }
+  // A time says something only beside those of all others.
   const Candidate* best = nullptr;
   bool all_measured = true;
   for (const Candidate& c : list) {
-    report << c.backend->name() << ": " << name_of(c.support.verdict) << ", " << c.support.reason;
-    const detail::Measured* const measured = time_of(c);
-    if (measured != nullptr) report << ", measured " << measured->microseconds << " us";
-    report << "\n";
-    if (c.support.verdict == GemmVerdict::no) continue;
-    if (c.support.verdict == GemmVerdict::native && measured == nullptr) all_measured = false;
-    if (best == nullptr || c.support.verdict < best->support.verdict) best = &c;
-  }
-  if (best != nullptr && best->support.verdict == GemmVerdict::native && all_measured) {
-    for (const Candidate& c : list) {
-      if (c.support.verdict != GemmVerdict::native) continue;
-      if (time_of(c)->microseconds < time_of(*best)->microseconds) best = &c;
+    if (tier == GemmVerdict::no || c.support.verdict != tier) continue;
+    all_measured = all_measured && time_of(c) != nullptr;
+    if (best == nullptr ||
+        (all_measured && time_of(c)->microseconds < time_of(*best)->microseconds)) {
+      best = &c;
     }
   }
+  if (!all_measured) best = first_of(list, tier);
   if (!forced_.empty()) {
     for (const auto& backend : backends_) {
       if (backend->name() == forced_) continue;
@@ -122,29 +135,30 @@ GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
 }
 
 void GemmRegistry::prepare(const GemmProblem& problem) {
-  Choice choice = choose(problem);
+  const Choice choice = choose(problem);
   require(choice.backend != nullptr, problem, ": no backend can run it\n", choice.report);
   if (problem.m == 0 || problem.n == 0 || problem.k == 0) return;
-  std::vector<Candidate> natives = candidates(problem);
-  std::erase_if(natives,
-                [](const Candidate& c) { return c.support.verdict != GemmVerdict::native; });
-  measure(problem, natives);
+  std::vector<Candidate> rivals = candidates(problem);
+  GemmVerdict tier = GemmVerdict::no;
+  for (const Candidate& c : rivals) tier = std::min(tier, c.support.verdict);
+  std::erase_if(rivals, [&](const Candidate& c) { return c.support.verdict != tier; });
+  measure(problem, rivals);
   chosen_.clear();
   ctx_.reserve_workspace(choose(problem).workspace_bytes);
 }
 
-void GemmRegistry::measure(const GemmProblem& problem, const std::vector<Candidate>& natives) {
+void GemmRegistry::measure(const GemmProblem& problem, const std::vector<Candidate>& rivals) {
   std::unique_ptr<detail::MadeUpOperands> operands;
-  for (const Candidate& native : natives) {
-    GemmBackend& backend = *native.backend;
+  for (const Candidate& rival : rivals) {
+    GemmBackend& backend = *rival.backend;
     const std::string key = key_of(device_, backend, problem);
     if (const detail::Measured* known = ranking_->find(key)) {
       if (known->candidate.empty() || backend.select(ctx_, problem, known->candidate)) continue;
     }
     const std::vector<std::string> ways = backend.candidates(ctx_, problem);
-    if (natives.size() == 1 && ways.size() < 2) continue;
+    if (rivals.size() == 1 && ways.size() < 2) continue;
     if (operands == nullptr) operands = std::make_unique<detail::MadeUpOperands>(ctx_, problem);
-    ctx_.reserve_workspace(native.support.workspace_bytes);
+    ctx_.reserve_workspace(rival.support.workspace_bytes);
     std::size_t selected = ways.size();
     const auto take = [&](std::size_t way) {
       if (ways.empty() || way == selected) return;

@@ -189,10 +189,10 @@ class GemmRegistry {
   /// measurement the one added last. Only where there is none, the same among those that convert.
   Choice choose(const GemmProblem& problem) const;
 
-  /// For set-up: reserves the workspace that the problem's backend needs and, where there are
-  /// several backends or ways to run it natively, times each on made-up operands (0.1 to 2 seconds
-  /// on a GPU, unless the ranking file knows) and keeps the fastest. Allocates and synchronises.
-  /// Throws octet::Error with the report if nobody can run it.
+  /// For set-up: reserves the workspace that the problem's backend needs and, where several
+  /// backends or ways come into question, times each on made-up operands (0.1 to 2 seconds on a
+  /// GPU, unless the ranking file knows) and keeps the fastest. Allocates and synchronises. Throws
+  /// octet::Error with the report if nobody can run it.
   void prepare(const GemmProblem& problem);
 
   /// Runs the product on the backend of choose(); throws octet::Error with the report if none can,
@@ -210,7 +210,7 @@ class GemmRegistry {
   struct Candidate;
   struct Ranking;
   std::vector<Candidate> candidates(const GemmProblem& problem) const;
-  void measure(const GemmProblem& problem, const std::vector<Candidate>& natives);
+  void measure(const GemmProblem& problem, const std::vector<Candidate>& rivals);
 
   Context ctx_;
   GemmDevice device_;
