@@ -40,6 +40,7 @@ const CudaPart& cuda_part() {
       .device_count = cuda::device_count,
       .check_device = cuda::check_device,
       .compute_capability = cuda::compute_capability,
+      .device_name = cuda::device_name,
       .make_cublaslt = cuda::make_cublaslt_gemm,
   };
   return part;

@@ -71,6 +71,8 @@ struct CudaPart {
   void (*check_device)(int index) = nullptr;
   /// Compute capability as 10 * major + minor.
   int (*compute_capability)(int index) = nullptr;
+  /// As the driver calls it: "NVIDIA H100 80GB HBM3".
+  std::string (*device_name)(int index) = nullptr;
   /// The vendor GEMM library as a backend of the registry.
   std::unique_ptr<GemmBackend> (*make_cublaslt)(const Context&) = nullptr;
 };
