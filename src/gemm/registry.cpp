@@ -121,6 +121,7 @@ GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
     choice.report += (*backend)->name() + (yes ? ": native, " : ": no, ") + support.reason + "\n";
     if (!yes) continue;
     choice.backend = backend->get();
+    choice.support = support;
     break;
   }
   if (!has_forced) choice.report += forced_ + ": forced, but there is no backend of that name\n";

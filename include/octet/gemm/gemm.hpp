@@ -171,6 +171,7 @@ class GemmRegistry {
 
   struct Choice {
     GemmBackend* backend = nullptr;  ///< null when nobody can
+    GemmSupport support;             ///< its answer
     std::string report;              ///< one line per backend asked: name, verdict, reason
   };
   Choice choose(const GemmProblem& problem) const;
