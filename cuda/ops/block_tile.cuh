@@ -34,16 +34,18 @@ struct BlockCast {
 
 /// Where the vectors of a thread are.
 struct TileSpot {
-  std::int64_t row0, column0;
+  unsigned down, across;  // tiles: a grid has fewer than 2^31
   unsigned group, lane;
 
   __device__ explicit TileSpot(const BlockCast& cast)
-      : row0(blockIdx.x / cast.tiles_across * kTileRows),
-        column0(blockIdx.x % cast.tiles_across * kTileColumns),
+      : down(static_cast<unsigned>(blockIdx.x / cast.tiles_across)),
+        across(static_cast<unsigned>(blockIdx.x % cast.tiles_across)),
         group(threadIdx.x % kTileGroups),
         lane(threadIdx.x / kTileGroups) {}
-  __device__ std::int64_t row(int k) const { return row0 + kLanes * k + lane; }
-  __device__ std::int64_t column() const { return column0 + 8 * group; }
+  __device__ std::int64_t row0() const { return std::int64_t{down} * kTileRows; }
+  __device__ std::int64_t column0() const { return std::int64_t{across} * kTileColumns; }
+  __device__ std::int64_t row(int k) const { return row0() + kLanes * k + lane; }
+  __device__ std::int64_t column() const { return column0() + 8 * group; }
 };
 
 template <class In>
@@ -89,9 +91,9 @@ __device__ void sum_tile_columns(const BlockCast& cast, const TileSpot& spot,
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i] += x[i];
   }
-  store_column_sums<kTileGroups>(
-      lanes, sums, cast.column_sums + spot.row0 / kTileRows * cast.columns + spot.column0,
-      cast.columns - spot.column0);
+  store_column_sums<kTileGroups>(lanes, sums,
+                                 cast.column_sums + spot.down * cast.columns + spot.column0(),
+                                 cast.columns - spot.column0());
 }
 
 /// Casts one vector, each element by a factor of its own, and counts it if that is wanted.
@@ -124,9 +126,9 @@ __device__ inline void store_turned(const BlockCast& cast, const TileSpot& spot,
                                     const ByteTile<kTileGroups>& tile) {
   const std::int64_t pitch = cast.transposed.layout.columns;
   tile.store_transposed(
-      cast.transposed.data + spot.column0 * pitch + spot.row0, pitch,
-      static_cast<int>(min(cast.columns - spot.column0, std::int64_t{kTileColumns})),
-      static_cast<int>(min(pitch - spot.row0, std::int64_t{kTileRows})), cast.transposed.aligned);
+      cast.transposed.data + spot.column0() * pitch + spot.row0(), pitch,
+      static_cast<int>(min(cast.columns - spot.column0(), std::int64_t{kTileColumns})),
+      static_cast<int>(min(pitch - spot.row0(), std::int64_t{kTileRows})), cast.transposed.aligned);
 }
 
 /// Blocks along a row, by shuffles among the 4 or 16 threads that hold one.
@@ -136,7 +138,7 @@ class RowBlocks {
   /// Returns the largest magnitude of the thread.
   __device__ static std::uint32_t cast(const BlockCast& cast, const TileSpot& spot,
                                        const TileVectors<In>& vectors, Counts& counts) {
-    std::uint32_t largest = 0, words[kVectors];
+    std::uint32_t largest = 0;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       float x[8];
@@ -147,17 +149,8 @@ class RowBlocks {
       for (int away = 1; away < kWidth; away *= 2) {
         amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, away));
       }
-      const float factor = set_scale(cast, spot, k, bits_float(amax), words[k]);
+      const float factor = set_scale(cast, spot, k, bits_float(amax));
       store_row<Out>(cast, spot, k, cast_vector<Out>(x, factor, cast.counters, counts));
-    }
-    if constexpr (G == Granularity::mx) {
-      // The bytes of rows 32 apart lie together, those of a warp fill 32 bytes.
-      if (spot.group == 0 && cast.out.layout.mx_layout == MxLayout::gemm_ready) {
-        const std::int64_t tile =
-            blockIdx.x / cast.tiles_across * cast.out.layout.pitch + blockIdx.x % cast.tiles_across;
-        auto* bytes = static_cast<std::uint8_t*>(cast.out.scales) + 512 * tile + 16 * spot.lane;
-        *reinterpret_cast<uint4*>(bytes) = {words[0], words[1], words[2], words[3]};
-      }
     }
     return largest;
   }
@@ -165,27 +158,35 @@ class RowBlocks {
  private:
   static constexpr int kWidth = G == Granularity::mx ? 4 : kTileGroups;
 
-  /// Returns the factor that encodes. `word` gets the four bytes of an mx row.
-  __device__ static float set_scale(const BlockCast& cast, const TileSpot& spot, int k, float amax,
-                                    std::uint32_t& word) {
+  /// Returns the factor that encodes.
+  __device__ static float set_scale(const BlockCast& cast, const TileSpot& spot, int k,
+                                    float amax) {
     const ScaleLayout& layout = cast.out.layout;
     const std::int64_t row = spot.row(k);
     if constexpr (G == Granularity::mx) {
       const std::uint8_t byte = e8m0_scale(amax, Out::kMax);
-      word = static_cast<std::uint32_t>(byte) << (8 * (spot.group / 4));
+      auto* bytes = static_cast<std::uint8_t*>(cast.out.scales);
+      if (layout.mx_layout == MxLayout::compact) {
+        if (spot.group % 4 == 0 && row < layout.rows && spot.column() < cast.columns) {
+          bytes[row * layout.pitch + spot.column() / 32] = byte;
+        }
+        return inverse_e8m0(byte);
+      }
+      // The four bytes of a row lie together in the tile of scales that belongs to this one.
+      std::uint32_t word = static_cast<std::uint32_t>(byte) << (8 * (spot.group / 4));
 #pragma unroll
       for (int away = 4; away < kTileGroups; away *= 2) {
         word |= __shfl_xor_sync(0xFFFFFFFFu, word, away);
       }
-      if (layout.mx_layout == MxLayout::compact && spot.group % 4 == 0 && row < layout.rows &&
-          spot.column() < cast.columns) {
-        static_cast<std::uint8_t*>(cast.out.scales)[row * layout.pitch + spot.column() / 32] = byte;
+      if (spot.group == 0) {
+        bytes += std::int64_t{512} * blockIdx.x + 16 * spot.lane + 4 * k;
+        *reinterpret_cast<std::uint32_t*>(bytes) = word;
       }
       return inverse_e8m0(byte);
     } else {
       const float factor = block_scale(amax, Out::kMax);
       if (spot.group == 0 && row < layout.pitch) {
-        static_cast<float*>(cast.out.scales)[spot.column0 / 128 * layout.pitch + row] =
+        static_cast<float*>(cast.out.scales)[spot.across * layout.pitch + row] =
             row < cast.rows ? inverse_of_power_of_two(factor) : 0.0f;
       }
       return factor;
@@ -232,21 +233,20 @@ class ColumnBlocks {
       word = float_bits(inverse_e8m0(byte));
       auto* bytes = static_cast<std::uint8_t*>(cast.transposed.scales);
       if (layout.mx_layout == MxLayout::gemm_ready) {
-        const std::int64_t tile =
-            spot.column0 / kTileColumns * layout.pitch + spot.row0 / kTileRows;
+        const std::int64_t tile = spot.across * layout.pitch + spot.down;
         bytes[512 * tile + t] = byte;
         return;
       }
-      const std::int64_t column = spot.column0 + within, block = spot.row0 / 32 + down;
+      const std::int64_t column = spot.column0() + within, block = spot.row0() / 32 + down;
       if (column < layout.rows && block < layout.pitch) bytes[column * layout.pitch + block] = byte;
     } else {
       if (t >= kTileColumns) return;
       std::uint32_t& word = words_[slot(t)];
       const float factor = block_scale(bits_float(word), Out::kMax);
       word = float_bits(factor);
-      const std::int64_t column = spot.column0 + t;
+      const std::int64_t column = spot.column0() + t;
       if (column >= layout.pitch) return;
-      static_cast<float*>(cast.transposed.scales)[spot.row0 / 128 * layout.pitch + column] =
+      static_cast<float*>(cast.transposed.scales)[spot.down * layout.pitch + column] =
           column < cast.columns ? inverse_of_power_of_two(factor) : 0.0f;
     }
   }
@@ -326,7 +326,7 @@ __device__ std::uint32_t cast_one_tile(const BlockCast& cast, const TileSpot& sp
     for (std::int64_t i = last + 1; i < side.layout.pitch; ++i) scales[i] = 0.0f;
   };
   if (threadIdx.x == 0) {
-    const std::int64_t down = spot.row0 / kTileRows, across = spot.column0 / kTileColumns;
+    const std::int64_t down = spot.down, across = spot.across;
     if (cast.out.data != nullptr) store_scale(cast.out, down, across, cast.tiles_across - 1);
     if (cast.transposed.data != nullptr) {
       store_scale(cast.transposed, across, down, (cast.rows - 1) / kTileRows);

@@ -112,14 +112,14 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   std::vector<octet::DelayedScaling::Entry> scales;
   const auto make_linear = [&](Matrix& matrix) {
     const octet::DType dtype = engine_.weight(matrix.weight.id).data.dtype;
-    const Fp8Recipe recipe = octet::is_fp8(dtype) ? config_.fp8 : Fp8Recipe{};
-    matrix.linear.emplace(gemms, octet::LinearConfig{.in_features = matrix.weight.shape[1],
-                                                     .out_features = matrix.weight.shape[0],
-                                                     .max_tokens = tokens_,
-                                                     .weight_dtype = dtype,
-                                                     .gradient_dtype = recipe.gradient_dtype,
-                                                     .scaling = recipe.scaling,
-                                                     .nonfinite = engine_.nonfinite_flag()});
+    octet::LinearConfig linear{.in_features = matrix.weight.shape[1],
+                               .out_features = matrix.weight.shape[0],
+                               .max_tokens = tokens_,
+                               .fp8 = octet::is_fp8(dtype),
+                               .weight_dtype = dtype,
+                               .nonfinite = engine_.nonfinite_flag()};
+    if (linear.fp8) linear.recipe = config_.fp8.recipe, linear.format = config_.fp8.format;
+    matrix.linear.emplace(gemms, linear);
     for (const auto& entry : matrix.linear->delayed_entries()) scales.push_back(entry);
   };
   const auto make_norm = [&](Norm& norm) {
@@ -138,7 +138,7 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   }
   make_norm(final_norm_);
   make_linear(head_);
-  if (config_.fp8.scaling == octet::Scaling::given) {
+  if (config_.fp8.recipe == octet::Fp8Recipe::delayed) {
     delayed_.emplace(ctx_, config_.fp8.delayed, scales);
   }
   last_ = floats(tokens_ * width);
@@ -154,7 +154,8 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   ctx_.reserve_workspace(kernels_.workspace_bytes(attention_, kVocabulary));
 }
 
-void Gpt::forward(const Windows& windows, float* loss) {
+void Gpt::forward(const Windows& windows, float* loss, Pass pass) {
+  pass_ = pass;
   kernels_.embedding_forward(ctx_, windows, engine_.weight(token_table_.id),
                              engine_.weight(position_table_.id), blocks_.front().input.as<float>());
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
@@ -231,15 +232,21 @@ void Gpt::norm_backward(Norm& norm, const float* dy, const float* x) {
 
 void Gpt::matrix_forward(Matrix& matrix, const octet::Tensor& x, const octet::Tensor& y) {
   const octet::Shape& shape = matrix.weight.shape;
-  matrix.linear->forward(matrix_view(x, {tokens_, shape[1]}), engine_.weight(matrix.weight.id),
-                         matrix_view(y, {tokens_, shape[0]}));
+  const bool trains = pass_ == Pass::training;
+  matrix.linear->forward({.x = matrix_view(x, {tokens_, shape[1]}),
+                          .weight = engine_.weight(matrix.weight.id),
+                          .y = matrix_view(y, {tokens_, shape[0]}),
+                          .record_amax = trains,
+                          .save_for_backward = trains});
 }
 
 void Gpt::matrix_backward(Matrix& matrix, const octet::Tensor& dy, const octet::Tensor& dx,
                           const octet::Tensor& dw) {
   const octet::Shape& shape = matrix.weight.shape;
-  matrix.linear->backward(matrix_view(dy, {tokens_, shape[0]}), engine_.weight(matrix.weight.id),
-                          matrix_view(dx, {tokens_, shape[1]}), matrix_view(dw, shape));
+  matrix.linear->backward({.dy = matrix_view(dy, {tokens_, shape[0]}),
+                           .weight = engine_.weight(matrix.weight.id),
+                           .dx = matrix_view(dx, {tokens_, shape[1]}),
+                           .dw = {matrix_view(dw, shape), nullptr}});
 }
 
 void Gpt::hand_over(const Weight& weight, const octet::Tensor& gradient) {

@@ -12,19 +12,22 @@
 
 namespace train_gpt {
 
-/// How FP8 matrix products scale activations and their gradients, and in which formats.
-struct Fp8Recipe {
-  octet::Scaling scaling = octet::Scaling::current;
-  octet::DType gradient_dtype = octet::DType::e5m2;
+/// How FP8 matrix products scale their operands, and in which formats.
+struct Fp8Settings {
+  octet::Fp8Recipe recipe = octet::Fp8Recipe::tensorwise;
+  octet::Fp8Format format = octet::Fp8Format::hybrid;
   octet::DelayedScalingConfig delayed = {};
 };
+
+/// Validation leaves no trace: nothing for backward(), nothing in delayed scaling.
+enum class Pass { training, validation };
 
 struct GptConfig {
   int layers = 0;
   int width = 0;
   int heads = 0;
   int context = 0;
-  Fp8Recipe fp8 = {};
+  Fp8Settings fp8 = {};
 };
 
 constexpr std::int64_t kVocabulary = 256;  // bytes
@@ -40,8 +43,8 @@ class Gpt {
       const Kernels& kernels, const GptConfig& config, std::int64_t rows, std::uint64_t seed);
 
   /// Mean loss of the windows into *loss (device memory). Keeps what backward() needs.
-  void forward(const Windows& windows, float* loss);
-  /// Gradients of the last forward(), handed to the engine one by one.
+  void forward(const Windows& windows, float* loss, Pass pass = Pass::training);
+  /// Gradients of the last forward() for training, handed to the engine one by one.
   void backward(const Windows& windows);
   /// To be called after every step of the engine: with delayed scaling the next scales.
   void end_step();
@@ -88,6 +91,7 @@ class Gpt {
   octet::TensorView matrix_view(const octet::Tensor& tensor, octet::Shape shape) const;
 
   octet::Context ctx_;
+  Pass pass_ = Pass::training;  ///< of the forward that is running
   octet::Engine& engine_;
   const Kernels& kernels_;
   GptConfig config_;

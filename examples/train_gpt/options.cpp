@@ -20,11 +20,12 @@ using octet::require;
 
 /// The command line as text and numbers; what was not given has the device's default later.
 struct Arguments {
-  std::string data, json, device = "auto", fp8_recipe = "tensorwise", fp8_format = "hybrid";
+  std::string data, json, device = "auto", fp8_recipe = "tensorwise";
   std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
   std::optional<int> ranks, layers, width, heads, context, batch;
   std::optional<float> lr;
   int steps = 300, log_every = 20;
+  std::optional<std::string> fp8_format;
   std::optional<int> amax_history_len;
   std::int64_t seed = 1;
 };
@@ -65,10 +66,13 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--log-every", a.log_every,
                  "Steps between progress lines in a file (default: 20)");
   app.add_option("--fp8-recipe", a.fp8_recipe,
-                 "Scales of FP8 activations and their gradients: tensorwise (their own amax) or "
-                 "delayed (the largest of the steps before; default: tensorwise)");
+                 "Scales of the factors of FP8 matrix products: tensorwise (one each, by its own "
+                 "amax), delayed (one each, by the largest amax of the steps before), blockwise "
+                 "(one per 128 values, of weights per 128x128) or mxfp8 (one per 32 values; "
+                 "default: tensorwise)");
   app.add_option("--fp8-format", a.fp8_format,
-                 "hybrid (gradients of activations in E5M2) or e4m3 (default: hybrid)");
+                 "hybrid (gradients of activations in E5M2) or e4m3 (default: e4m3 for blockwise "
+                 "and mxfp8, else hybrid)");
   app.add_option("--amax-history-len", a.amax_history_len,
                  "Steps that delayed scaling looks back (default: 1024)");
   app.add_option("--json", a.json, "Write the results to this file");
@@ -92,20 +96,22 @@ Setup setup_of(const std::string& name) {
   octet::fail("--levels ", name, ": must be O0, O1, O2, O3 or small");
 }
 
-Fp8Recipe recipe_of(const Arguments& a) {
-  require(a.fp8_recipe == "tensorwise" || a.fp8_recipe == "delayed", "--fp8-recipe ", a.fp8_recipe,
-          ": must be tensorwise or delayed");
-  require(a.fp8_format == "hybrid" || a.fp8_format == "e4m3", "--fp8-format ", a.fp8_format,
-          ": must be hybrid or e4m3");
-  const bool is_delayed = a.fp8_recipe == "delayed";
+Fp8Settings fp8_settings_of(const Arguments& a) {
+  const auto recipe = octet::parse_fp8_recipe(a.fp8_recipe);
+  require(recipe.has_value(), "--fp8-recipe ", a.fp8_recipe,
+          ": must be tensorwise, delayed, blockwise or mxfp8");
+  octet::Fp8Format format = octet::default_format(*recipe);
+  if (a.fp8_format) {
+    const auto asked = octet::parse_fp8_format(*a.fp8_format);
+    require(asked.has_value(), "--fp8-format ", *a.fp8_format, ": must be hybrid or e4m3");
+    format = *asked;
+  }
   const octet::DelayedScalingConfig defaults;
   const int length = a.amax_history_len.value_or(defaults.amax_history_len);
   require(length >= 1, "--amax-history-len ", length, ": must be at least 1");
-  require(is_delayed || !a.amax_history_len, "--amax-history-len ", length,
+  require(recipe == octet::Fp8Recipe::delayed || !a.amax_history_len, "--amax-history-len ", length,
           ": is for --fp8-recipe delayed");
-  return {.scaling = is_delayed ? octet::Scaling::given : octet::Scaling::current,
-          .gradient_dtype = a.fp8_format == "e4m3" ? octet::DType::e4m3 : octet::DType::e5m2,
-          .delayed = {.amax_history_len = length}};
+  return {.recipe = *recipe, .format = format, .delayed = {.amax_history_len = length}};
 }
 
 DeviceType choose_device(const std::string& text) {
@@ -179,7 +185,7 @@ std::optional<Options> parse_options(int argc, char** argv) {
                    .width = arguments.width.value_or(defaults.model.width),
                    .heads = arguments.heads.value_or(defaults.model.heads),
                    .context = arguments.context.value_or(defaults.model.context),
-                   .fp8 = recipe_of(arguments)};
+                   .fp8 = fp8_settings_of(arguments)};
   options.batch = arguments.batch.value_or(defaults.batch);
   options.steps = arguments.steps;
   options.lr = arguments.lr.value_or(defaults.lr);

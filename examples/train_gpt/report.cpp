@@ -29,16 +29,15 @@ const char* name_of(octet::DeviceType device) {
 nlohmann::ordered_json to_json(const RunResult& run) {
   using Json = nlohmann::ordered_json;
   const bool is_fp8 = run.fp8_gemms_per_step > 0.0;
-  const bool is_delayed = run.fp8.scaling == octet::Scaling::given;
-  const bool is_e4m3 = run.fp8.gradient_dtype == octet::DType::e4m3;
+  const bool is_delayed = run.fp8.recipe == octet::Fp8Recipe::delayed;
   return {
       {"level", run.name},
       {"sharding", octet::name_of(run.sharding)},
       {"ranks", run.ranks},
       {"device", name_of(run.device)},
       {"parameters", run.parameters},
-      {"fp8_recipe", is_fp8 ? Json(is_delayed ? "delayed" : "tensorwise") : Json()},
-      {"fp8_format", is_fp8 ? Json(is_e4m3 ? "e4m3" : "hybrid") : Json()},
+      {"fp8_recipe", is_fp8 ? Json(octet::name_of(run.fp8.recipe)) : Json()},
+      {"fp8_format", is_fp8 ? Json(octet::name_of(run.fp8.format)) : Json()},
       {"amax_history_len", is_fp8 && is_delayed ? Json(run.fp8.delayed.amax_history_len) : Json()},
       {"val_loss", run.validation_loss},
       {"losses", run.losses},

@@ -130,7 +130,8 @@ class RankTrainer {
     const std::int64_t rows = options_.rows_per_rank();
     const std::int64_t total = data_.validation_count(options_.batch, kMostValidationBatches);
     for (std::int64_t row = rank_ * rows; row < total; row += options_.batch) {
-      model_.forward(upload(data_.validation_windows(row, rows, total)), losses_.as<float>());
+      model_.forward(upload(data_.validation_windows(row, rows, total)), losses_.as<float>(),
+                     Pass::validation);
       const float loss = octet::read_sync<float>(ctx_, losses_.as<float>(), 1).front();
       in_flight_.clear();
       report.validation_loss +=

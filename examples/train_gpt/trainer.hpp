@@ -24,7 +24,7 @@ struct RunResult {
   int ranks = 1;
   octet::DeviceType device = octet::DeviceType::cpu;
   std::int64_t parameters = 0;
-  Fp8Recipe fp8;
+  Fp8Settings fp8;
   double validation_loss = 0.0;
   std::vector<float> losses;     ///< of every step, the mean over the ranks
   Figure state_bytes_managed;    ///< per FP8-managed parameter

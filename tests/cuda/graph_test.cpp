@@ -82,6 +82,7 @@ class Trainer {
         gemms_, LinearConfig{.in_features = kIn,
                              .out_features = kOut,
                              .max_tokens = kTokens,
+                             .fp8 = is_fp8(engine_.weight(weight_).data.dtype),
                              .weight_dtype = engine_.weight(weight_).data.dtype,
                              .nonfinite = engine_.nonfinite_flag()});
   }
@@ -90,8 +91,10 @@ class Trainer {
 
   void enqueue_step() {
     const ScaledView w = engine_.weight(weight_);
-    linear_->forward(view_of(ctx_, x_, DType::f32, {kTokens, kIn}), w, y_);
-    linear_->backward(view_of(ctx_, dy_, DType::f32, {kTokens, kOut}), w, {}, dw_);
+    linear_->forward({.x = view_of(ctx_, x_, DType::f32, {kTokens, kIn}), .weight = w, .y = y_});
+    linear_->backward({.dy = view_of(ctx_, dy_, DType::f32, {kTokens, kOut}),
+                       .weight = w,
+                       .dw = {dw_.view(), nullptr}});
     engine_.add_gradient(weight_, dw_);
     engine_.add_gradient(bias_, view_of(ctx_, dy_, DType::f32, {kOut}));
     engine_.step({.lr = 0.0f, .lr_device = lr_.as<const float>(), .max_norm = 1.0f});

@@ -155,11 +155,15 @@ TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
     std::string options;
     json recipe, format, length;
   };
-  const Recipe recipes[] = {{"", "tensorwise", "hybrid", nullptr},
-                            {"--fp8-format e4m3", "tensorwise", "e4m3", nullptr},
-                            {"--fp8-recipe delayed", "delayed", "hybrid", 1024},
-                            // Scales that never followed a step would make these two one run.
-                            {"--fp8-recipe delayed --amax-history-len 1", "delayed", "hybrid", 1}};
+  const Recipe recipes[] = {
+      {"", "tensorwise", "hybrid", nullptr},
+      {"--fp8-format e4m3", "tensorwise", "e4m3", nullptr},
+      {"--fp8-recipe delayed", "delayed", "hybrid", 1024},
+      // Scales that never followed a step would make these two one run.
+      {"--fp8-recipe delayed --amax-history-len 1", "delayed", "hybrid", 1},
+      {"--fp8-recipe blockwise", "blockwise", "e4m3", nullptr},
+      {"--fp8-recipe blockwise --fp8-format hybrid", "blockwise", "hybrid", nullptr},
+      {"--fp8-recipe mxfp8", "mxfp8", "e4m3", nullptr}};
   std::vector<json> losses;
   for (const Recipe& recipe : recipes) {
     INFO(recipe.options);
@@ -243,10 +247,11 @@ TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_g
       {"--data /tmp", {"/tmp", "not a regular file"}},
       {"--levels O0,O9", {"O9", "O0, O1, O2"}},
       {"--levels o1", {"o1"}},
-      {"--fp8-recipe mxfp8", {"mxfp8", "tensorwise", "delayed"}},
+      {"--fp8-recipe nvfp4", {"nvfp4", "tensorwise", "delayed", "blockwise", "mxfp8"}},
       {"--fp8-format e5m2", {"e5m2", "hybrid", "e4m3"}},
       {"--fp8-recipe delayed --amax-history-len 0", {"--amax-history-len 0", "1"}},
       {"--amax-history-len 4", {"--amax-history-len 4", "--fp8-recipe delayed"}},
+      {"--fp8-recipe mxfp8 --amax-history-len 4", {"--amax-history-len 4", "delayed"}},
       {"--width 100 --heads 4", {"--width 100", "multiple of 16"}},
       {"--width 128 --heads 3", {"--width 128", "--heads 3"}},
       {"--width 32 --heads 2", {"--width 32", "at least 64"}},

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear with scales from earlier steps, and with gradients of activations in E4M3.
+#include <cmath>
 #include <cstring>
 
 #include "octet/nn/linear.hpp"
@@ -22,15 +23,16 @@ std::vector<float> values_of(std::int64_t rows, std::int64_t columns, std::uint3
 /// A Linear with a fixed weight, fed with FP32.
 class Layer {
  public:
-  Layer(const Context& ctx, Scaling scaling, DType gradient)
+  Layer(const Context& ctx, Fp8Recipe recipe, Fp8Format format = Fp8Format::hybrid)
       : ctx_(ctx),
         gemms_(ctx),
+        gradient_(gradient_dtype(format)),
         counters_(upload<CastCounters>(ctx, {{}})),
         linear_(gemms_, {.in_features = kIn,
                          .out_features = kOut,
                          .max_tokens = kTokens,
-                         .gradient_dtype = gradient,
-                         .scaling = scaling,
+                         .recipe = recipe,
+                         .format = format,
                          .counters = counters_.as<CastCounters>()}),
         weight_(ctx, DType::e4m3, {kOut, kIn}),
         y_(ctx, DType::f32, {kTokens, kOut}),
@@ -48,31 +50,68 @@ class Layer {
     std::vector<float> x = values_of(kTokens, kIn, seed), dy = values_of(kTokens, kOut, seed + 1);
     for (float& value : x) value *= size;
     for (float& value : dy) value *= gradient_size;
+    last_[0] = x, last_[1] = dy;
     const Buffer in = upload(ctx_, x), gradient = upload(ctx_, dy);
-    linear_.forward(view_of(ctx_, in, DType::f32, {kTokens, kIn}), weight_.view(), y_);
+    linear_.forward(
+        {.x = view_of(ctx_, in, DType::f32, {kTokens, kIn}), .weight = weight_.view(), .y = y_});
     between();
-    linear_.backward(view_of(ctx_, gradient, DType::f32, {kTokens, kOut}), weight_.view(), dx_,
-                     dw_);
-    std::vector<std::uint8_t> all;
-    for (const Tensor* tensor : {&y_, &dx_, &dw_}) {
-      const auto part = download_bytes(ctx_, tensor->view());
-      all.insert(all.end(), part.begin(), part.end());
-    }
+    std::vector<std::uint8_t> all = download_bytes(ctx_, y_.view());
+    const auto part = run_backward(gradient);
+    all.insert(all.end(), part.begin(), part.end());
     return all;
   }
   std::vector<std::uint8_t> pass(std::uint32_t seed, float size, float gradient_size = 1.0f) {
     return pass(seed, size, gradient_size, [] {});
   }
-  TensorScale scale(int i) const {
-    return download_one<TensorScale>(ctx_,
-                                     linear_.delayed_entries()[static_cast<std::size_t>(i)].scale);
+  /// dx and dw of a backward of its own, with the dy of pass().
+  std::vector<std::uint8_t> backward(std::uint32_t seed, float size) {
+    std::vector<float> dy = values_of(kTokens, kOut, seed + 1);
+    for (float& value : dy) value *= size;
+    return run_backward(upload(ctx_, dy));
+  }
+  /// A forward of its own.
+  std::vector<std::uint8_t> forward(std::uint32_t seed, float size, bool record, bool save) {
+    std::vector<float> x = values_of(kTokens, kIn, seed);
+    for (float& value : x) value *= size;
+    const Buffer in = upload(ctx_, x);
+    linear_.forward({.x = view_of(ctx_, in, DType::f32, {kTokens, kIn}),
+                     .weight = weight_.view(),
+                     .y = y_,
+                     .record_amax = record,
+                     .save_for_backward = save});
+    return download_bytes(ctx_, y_.view());
+  }
+  /// Of x (0) or dy (1), as delayed scaling has it.
+  TensorScale scale(std::size_t i) const {
+    return download_one<TensorScale>(ctx_, linear_.delayed_entries()[i].scale);
+  }
+  /// What current scaling makes of the last x (0) or dy (1).
+  TensorScale own_scale(std::size_t i) const {
+    double amax = 0;
+    for (float value : last_[i]) amax = std::max(amax, std::abs(static_cast<double>(value)));
+    const double max = table_of(i == 1 ? gradient_ : DType::e4m3).max();
+    return {.scale = static_cast<float>(reference_scale(amax, max)),
+            .amax = static_cast<float>(amax)};
   }
   Linear& linear() { return linear_; }
   CastCounters counters() const { return download_one<CastCounters>(ctx_, counters_.data()); }
 
  private:
+  std::vector<std::uint8_t> run_backward(const Buffer& gradient) {
+    linear_.backward({.dy = view_of(ctx_, gradient, DType::f32, {kTokens, kOut}),
+                      .weight = weight_.view(),
+                      .dx = dx_,
+                      .dw = {dw_.view(), nullptr}});
+    std::vector<std::uint8_t> all = download_bytes(ctx_, dx_.view());
+    const auto part = download_bytes(ctx_, dw_.view());
+    all.insert(all.end(), part.begin(), part.end());
+    return all;
+  }
+
   Context ctx_;
   GemmRegistry gemms_;
+  DType gradient_;
+  std::vector<float> last_[2];
   Buffer counters_;
   Linear linear_;
   ScaledTensor weight_;
@@ -83,11 +122,11 @@ class Layer {
 
 TEST_CASE("with delayed scaling the first pass measures and later ones take the scales they find") {
   for (const Context& ctx : test_contexts()) {
-    for (DType gradient : {DType::e5m2, DType::e4m3}) {
+    for (Fp8Format format : {Fp8Format::hybrid, Fp8Format::e4m3}) {
       // Of activations (0) and of their gradients (1).
-      for (int which : {0, 1}) {
-        INFO(name_of(gradient) << ", " << which << " on " << to_string(ctx.device()));
-        Layer current(ctx, Scaling::current, gradient), delayed(ctx, Scaling::given, gradient);
+      for (std::size_t which : {0u, 1u}) {
+        INFO(name_of(format) << ", " << which << " on " << to_string(ctx.device()));
+        Layer current(ctx, Fp8Recipe::tensorwise, format), delayed(ctx, Fp8Recipe::delayed, format);
         DelayedScaling scaling(ctx, {.amax_history_len = 4}, delayed.linear().delayed_entries());
         const auto pass = [which](Layer& layer, float size) {
           return which == 0 ? layer.pass(10, size) : layer.pass(10, 1.0f, size);
@@ -102,9 +141,9 @@ TEST_CASE("with delayed scaling the first pass measures and later ones take the 
         CHECK(first_difference(pass(delayed, 16.0f), pass(current, 16.0f)) != "");
         CHECK(delayed.counters().saturated > 100);
         CHECK(delayed.scale(which).scale == before.scale);
-        CHECK(delayed.scale(which).amax == current.scale(which).amax);
+        CHECK(delayed.scale(which).amax == current.own_scale(which).amax);
         scaling.update();
-        CHECK(delayed.scale(which).scale == current.scale(which).scale);
+        CHECK(delayed.scale(which).scale == current.own_scale(which).scale);
         const auto saturated = delayed.counters().saturated;
         CHECK(first_difference(pass(delayed, 16.0f), pass(current, 16.0f)) == "");
         CHECK(delayed.counters().saturated == saturated);
@@ -112,13 +151,13 @@ TEST_CASE("with delayed scaling the first pass measures and later ones take the 
         for (int t = 0; t < 3; ++t) {
           scaling.update();
           pass(delayed, 0.25f);
-          CHECK(delayed.scale(which).scale == current.scale(which).scale);
+          CHECK(delayed.scale(which).scale == current.own_scale(which).scale);
         }
         scaling.update();
         pass(delayed, 0.25f);
         scaling.update();
         pass(current, 0.25f);
-        CHECK(delayed.scale(which).scale == current.scale(which).scale);
+        CHECK(delayed.scale(which).scale == current.own_scale(which).scale);
       }
     }
   }
@@ -126,7 +165,7 @@ TEST_CASE("with delayed scaling the first pass measures and later ones take the 
 
 TEST_CASE("an update between a forward and its backward does not reach the saved activation") {
   for (const Context& ctx : test_contexts()) {
-    Layer plain(ctx, Scaling::given, DType::e5m2), updated(ctx, Scaling::given, DType::e5m2);
+    Layer plain(ctx, Fp8Recipe::delayed), updated(ctx, Fp8Recipe::delayed);
     // Two entries with scales of x alone, so that those of dy are the same in both.
     const auto x_only = [](Layer& layer) {
       return std::vector<DelayedScaling::Entry>{layer.linear().delayed_entries()[0]};
@@ -146,7 +185,7 @@ TEST_CASE("an update between a forward and its backward does not reach the saved
 
 TEST_CASE("after a first cast of zeros the scale is 1 until a step has recorded another") {
   for (const Context& ctx : test_contexts()) {
-    Layer layer(ctx, Scaling::given, DType::e5m2);
+    Layer layer(ctx, Fp8Recipe::delayed);
     DelayedScaling scaling(ctx, {.amax_history_len = 4}, layer.linear().delayed_entries());
     layer.pass(10, 0.0f, 0.0f);
     scaling.update();
@@ -161,7 +200,7 @@ TEST_CASE("after a first cast of zeros the scale is 1 until a step has recorded 
 
 TEST_CASE("scales that were set are kept") {
   for (const Context& ctx : test_contexts()) {
-    Layer first(ctx, Scaling::given, DType::e5m2), resumed(ctx, Scaling::given, DType::e5m2);
+    Layer first(ctx, Fp8Recipe::delayed), resumed(ctx, Fp8Recipe::delayed);
     first.pass(10, 16.0f);
     const auto from = first.linear().delayed_entries(), to = resumed.linear().delayed_entries();
     for (std::size_t i = 0; i < 2; ++i) {
@@ -170,9 +209,9 @@ TEST_CASE("scales that were set are kept") {
     resumed.linear().keep_scales();
     CHECK(first_difference(resumed.pass(20, 1.0f), first.pass(20, 1.0f)) == "");
     CHECK(resumed.scale(0).scale == first.scale(0).scale);
-    Layer measured(ctx, Scaling::current, DType::e5m2);
+    Layer measured(ctx, Fp8Recipe::tensorwise);
     measured.pass(20, 1.0f);
-    CHECK(measured.scale(0).scale != first.scale(0).scale);
+    CHECK(measured.own_scale(0).scale != first.scale(0).scale);
     CHECK(missing(error_of([&] { measured.linear().keep_scales(); }), {"keep_scales", "delayed"}) ==
           "");
   }
@@ -181,13 +220,13 @@ TEST_CASE("scales that were set are kept") {
 TEST_CASE("gradients of activations in E4M3 are nearer to the exact product than in E5M2") {
   for (const Context& ctx : test_contexts()) {
     double error[2] = {};
-    for (DType gradient : {DType::e4m3, DType::e5m2}) {
-      Layer layer(ctx, Scaling::current, gradient);
+    for (Fp8Format format : {Fp8Format::e4m3, Fp8Format::hybrid}) {
+      Layer layer(ctx, Fp8Recipe::tensorwise, format);
       const auto bytes = layer.pass(20, 1.0f);
       std::vector<float> dx(static_cast<std::size_t>(kTokens * kIn));
       std::memcpy(dx.data(), bytes.data() + kTokens * kOut * 4, dx.size() * sizeof(float));
       const std::vector<float> w = values_of(kOut, kIn, 1), dy = values_of(kTokens, kOut, 21);
-      double& sum = error[gradient == DType::e5m2 ? 1 : 0];
+      double& sum = error[format == Fp8Format::hybrid ? 1 : 0];
       for (std::size_t t = 0; t < kTokens; ++t) {
         for (std::size_t k = 0; k < kIn; ++k) {
           double exact = 0;
@@ -204,7 +243,47 @@ TEST_CASE("gradients of activations in E4M3 are nearer to the exact product than
   }
 }
 
-TEST_CASE("what FP8 GEMMs do not have, and BF16 GEMMs do not take, is refused") {
+TEST_CASE("a forward that is not recorded leaves no trace in delayed scaling") {
+  for (const Context& ctx : test_contexts()) {
+    Layer plain(ctx, Fp8Recipe::delayed), validated(ctx, Fp8Recipe::delayed);
+    DelayedScaling first(ctx, {.amax_history_len = 2}, plain.linear().delayed_entries());
+    DelayedScaling second(ctx, {.amax_history_len = 2}, validated.linear().delayed_entries());
+    // Before any recorded cast it measures for itself, and the next one still measures.
+    Layer measured(ctx, Fp8Recipe::tensorwise);
+    CHECK(first_difference(validated.forward(30, 8.0f, false, false),
+                           measured.forward(30, 8.0f, true, true)) == "");
+    for (int step = 0; step < 3; ++step) {
+      const float size = step == 1 ? 4.0f : 1.0f;
+      const auto validate = [&] {
+        validated.forward(30, 64.0f, false, false);  // far beyond what the scale is for
+      };
+      const auto expected = plain.pass(10, size);
+      // Neither between the steps nor between a forward and its backward. (y is overwritten.)
+      const auto y = validated.forward(10, size, true, true);
+      CHECK(std::equal(y.begin(), y.end(), expected.begin()));
+      const auto bytes = validated.pass(10, size, 1.0f, validate);
+      CHECK(std::equal(bytes.begin() + kTokens * kOut * 4, bytes.end(),
+                       expected.begin() + kTokens * kOut * 4));
+      validate();
+      CHECK(validated.scale(0).amax == plain.scale(0).amax);
+      first.update(), second.update();
+      CHECK(validated.scale(0).scale == plain.scale(0).scale);
+    }
+    // With the scale of the steps, not with its own.
+    CHECK(first_difference(validated.forward(30, 64.0f, false, false),
+                           measured.forward(30, 64.0f, true, true)) != "");
+    // One that is saved but not recorded: a recomputed activation.
+    const auto expected = plain.pass(10, 1.0f);
+    validated.forward(10, 1.0f, true, false);
+    const float amax = validated.scale(0).amax;
+    validated.forward(10, 1.0f, false, true);
+    CHECK(validated.scale(0).amax == amax);
+    CHECK(first_difference(validated.backward(10, 1.0f),
+                           {expected.begin() + kTokens * kOut * 4, expected.end()}) == "");
+  }
+}
+
+TEST_CASE("what BF16 GEMMs do not take is refused") {
   GemmRegistry gemms(Context::cpu());
   CastCounters counters;
   const auto error_with = [&](auto change) {
@@ -213,18 +292,20 @@ TEST_CASE("what FP8 GEMMs do not have, and BF16 GEMMs do not take, is refused") 
     return error_of([&] { Linear(gemms, config); });
   };
   CHECK(error_with([](LinearConfig&) {}) == "no error");
-  CHECK(missing(error_with([](LinearConfig& c) { c.gradient_dtype = DType::bf16; }),
-                {"gradient_dtype", "bf16", "e5m2"}) == "");
+  CHECK(missing(error_with([](LinearConfig& c) { c.recipe = static_cast<Fp8Recipe>(9); }),
+                {"recipe is 9", "delayed", "mxfp8"}) == "");
+  CHECK(missing(error_with([](LinearConfig& c) { c.format = static_cast<Fp8Format>(9); }),
+                {"format is 9", "hybrid", "e4m3"}) == "");
   const auto with_bf16 = [&](auto change) {
     return error_with([&](LinearConfig& c) {
-      c.weight_dtype = DType::bf16;
+      c.fp8 = false;
       change(c);
     });
   };
   CHECK(with_bf16([](LinearConfig&) {}) == "no error");
-  const std::initializer_list<std::string> words = {"weight_dtype is bf16", "FP8"};
-  CHECK(missing(with_bf16([](LinearConfig& c) { c.scaling = Scaling::given; }), words) == "");
-  CHECK(missing(with_bf16([](LinearConfig& c) { c.gradient_dtype = DType::e4m3; }), words) == "");
+  const std::initializer_list<std::string> words = {"fp8 is false", "recipe, format and counters"};
+  CHECK(missing(with_bf16([](LinearConfig& c) { c.recipe = Fp8Recipe::delayed; }), words) == "");
+  CHECK(missing(with_bf16([](LinearConfig& c) { c.format = Fp8Format::hybrid; }), words) == "");
   CHECK(missing(with_bf16([&](LinearConfig& c) { c.counters = &counters; }), words) == "");
 }
 

@@ -57,8 +57,9 @@ TEST_CASE("the README's snippet trains a matrix in FP8") {
   octet::GemmRegistry gemms(ctx);
   octet::Linear linear(gemms, {.in_features = d, .out_features = 3 * d, .max_tokens = tokens});
   for (int step = 0; step < steps; ++step) {
-    linear.forward(x, engine.weight(qkv), y);  // y = x w^T: the weight is FP8, so is the product
-    linear.backward(loss_gradient(y), engine.weight(qkv), dx, dw);
+    // y = x w^T: the weight is FP8, so is the product
+    linear.forward({.x = x, .weight = engine.weight(qkv), .y = y});
+    linear.backward({.dy = loss_gradient(y), .weight = engine.weight(qkv), .dx = dx, .dw = {dw}});
     engine.add_gradient(qkv, dw);               // float in, stored as FP8
     engine.step({.lr = lr, .max_norm = 1.0f});  // reduce over ranks, clip, update, gather
   }

@@ -2,8 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
 
 #include "octet/gemm/gemm.hpp"
+#include "octet/nn/recipe.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/runtime/tensor.hpp"
@@ -14,44 +18,106 @@ struct LinearConfig {
   std::int64_t in_features = 0;
   std::int64_t out_features = 0;
   std::int64_t max_tokens = 0;
-  /// e4m3: FP8 GEMMs, activations in E4M3; in_features and out_features must be multiples of 16,
-  /// because every GEMM contracts over one of them or writes rows of that length. bf16: BF16 GEMMs.
+  /// False: BF16 GEMMs of operands that are rounded to BF16 where they are not.
+  bool fp8 = true;
+  Fp8Recipe recipe = Fp8Recipe::tensorwise;
+  /// Default: default_format(recipe), so hybrid with a scale per tensor, else e4m3.
+  std::optional<Fp8Format> format = {};
+  /// Of the weight that calls pass: e4m3 with a scale for the whole tensor (an Engine's compute
+  /// weight), f32, bf16 or f16.
+  /// e4m3 codes go into FP8 GEMMs as they are, for blockwise and mxfp8 with that scale for every
+  /// block; the others are cast by the recipe (delayed too casts them by their own amax).
   DType weight_dtype = DType::e4m3;
-  /// Gradients of activations with FP8 GEMMs: e5m2 (the HYBRID formats) or e4m3.
-  DType gradient_dtype = DType::e5m2;
-  /// How activations and their gradients are scaled with FP8 GEMMs: by their own amax, or by scales
-  /// that the caller's DelayedScaling over delayed_entries() sets once per optimizer step. The
-  /// first cast of each is by its own amax even then (without margin), because no step has left a
-  /// scale; if that is 0 or not finite, the scale is 1 until a step has recorded another. Every
-  /// forward counts, one for validation too.
-  Scaling scaling = Scaling::current;
+  /// Calls pass a bias.
+  bool bias = false;
+  /// y = gelu(x w^T + bias), the tanh form. What gelu was applied to is kept in BF16.
+  bool gelu = false;
+  /// Keeps what calls make of the weight (casts, transposed copy, copy of the scale) until
+  /// weight_changed(), instead of making it anew in every call: for more than one micro-batch per
+  /// update. Costs up to 2 bytes per element, with BF16 GEMMs 2.
+  bool cache_weight = false;
   /// Optional, device memory: what casts of activations and their gradients could not keep.
   CastCounters* counters = nullptr;
-  /// Optional device word, set to 1 by an FP8 Linear when an activation or its gradient is not
-  /// finite, which the saturating cast would hide. A BF16 Linear hides nothing and leaves it alone.
+  /// Optional device word, set to 1 by an FP8 Linear when something that it casts is not finite,
+  /// which the saturating cast would hide. A BF16 Linear hides nothing and leaves it alone.
   std::uint32_t* nonfinite = nullptr;
 };
 
-/// y[T, N] = x[T, K] * w[N, K]^T and its gradients, without bias. The weight belongs to the caller
-/// (an Engine's compute weight, say). Keeps the cast activation between forward and backward.
+struct LinearForward {
+  TensorView x = {};       ///< [T, K] f32, bf16 or f16; T <= max_tokens, any T
+  ScaledView weight = {};  ///< [N, K] of weight_dtype; with its scale if that is e4m3
+  /// [N] f32, bf16 or f16, where the configuration says so: added in BF16, so one that is not BF16
+  /// is rounded first.
+  TensorView bias = {};
+  TensorView y = {};  ///< [T, N] f32 or bf16, overwritten
+  /// False leaves no trace in delayed scaling: the cast takes the scale, but its amax is not
+  /// recorded. For validation, and for all but one of the forwards of a recomputed activation.
+  bool record_amax = true;
+  /// False keeps nothing for a backward, which still belongs to the last forward that did.
+  bool save_for_backward = true;
+};
+
+struct LinearBackward {
+  TensorView dy = {};      ///< [T, N] f32, bf16 or f16
+  ScaledView weight = {};  ///< as in the forward
+  /// Optional [K, N] e4m3, for N a multiple of 16: the codes of an e4m3 weight transposed, as
+  /// AdamW writes them with WeightFormat::e4m3_and_transpose. Without it dx costs a transposition.
+  TensorView weight_transposed = {};
+  TensorView dx = {};  ///< [T, K] f32 or bf16, overwritten; optional
+  /// Optional [T, K] bf16: x is gelu(input_pre_activation), of a Linear before this one that has it
+  /// as its pre_activation(). dx becomes the gradient for that: the GEMM multiplies by gelu'.
+  TensorView input_pre_activation = {};
+  /// With gelu: dy is the gradient for this Linear's own pre_activation() already, because the
+  /// Linear after it was given that as its input_pre_activation.
+  bool dy_of_pre_activation = false;
+  /// [N, K] f32 or bf16; or e4m3 with a scale, a product rounded to BF16 and cast with current
+  /// scaling. Optional.
+  ScaledView dw = {};
+  TensorView dbias = {};  ///< [N] f32, bf16 or f16: sums of the columns of dy; optional
+  /// Add to dw and dbias, which hold the sum of the micro-batches before, instead of overwriting.
+  /// Not for dw in e4m3.
+  bool accumulate = false;
+};
+
+/// y[T, N] = x[T, K] * w[N, K]^T and its gradients, optionally with bias and GELU. Weight, bias and
+/// their gradients belong to the caller. Keeps the cast activation between forward and backward.
+///
+/// FP8 GEMMs of every recipe: y from x and w, dx from dy and w^T, dw from dy^T and x^T, each
+/// operand in blocks along the sum, so x and dy are cast into both orientations in one read.
+/// T, K and N may be anything; what no backend does without conversions (the registry's report says
+/// why) takes a backend that converts, and an epilogue that no GEMM takes is a step of its own.
+///
 /// Scratch comes from the context's workspace, reserved by the constructor; calls take no device
 /// memory and do not synchronise. The first call for a token count makes the GEMMs' plans on the
 /// host, and with delayed scaling measures, so a graph is captured after one ordinary forward and
-/// backward. Source: FP8-LM (arXiv 2310.18313) for the formats.
+/// backward; with cache_weight the first micro-batch after weight_changed() and the later ones are
+/// two graphs.
+/// Sources: FP8-LM (arXiv 2310.18313) for the formats, Transformer Engine for the recipes.
 class Linear {
  public:
-  /// The registry must outlive it. Throws if no backend can run its GEMMs on the context's device.
+  /// The registry must outlive it. Throws octet::Error naming the field for a configuration that
+  /// cannot work, and with the registry's report if no backend can run one of its GEMMs.
   Linear(GemmRegistry& gemms, const LinearConfig& config);
+  ~Linear();
+  Linear(Linear&&) noexcept;
+  Linear& operator=(Linear&&) noexcept;
 
-  /// x: [T, K] f32 or bf16, T <= max_tokens, any T. weight: [N, K] of weight_dtype, with its scale
-  /// if that is e4m3. y: [T, N] f32 or bf16, overwritten.
-  void forward(const TensorView& x, const ScaledView& weight, const TensorView& y);
-  /// Gradients for the last forward. dy: [T, N] f32 or bf16. dx: [T, K], dw: [N, K], f32 or bf16,
-  /// overwritten; either may be empty.
-  void backward(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
-                const TensorView& dw);
+  /// Throws octet::Error naming the argument before anything has changed.
+  void forward(const LinearForward& args);
+  /// Gradients for the last forward that saved its input.
+  void backward(const LinearBackward& args);
 
-  /// The scales of activations and of their gradients, for DelayedScaling; without FP8 GEMMs none.
+  /// What gelu was applied to in the last forward that saved its input: [T, N] bf16. Valid until
+  /// the next one. Throws without gelu.
+  TensorView pre_activation() const;
+
+  /// What was made of the weight is out of date: to be called after every optimizer step, with
+  /// cache_weight.
+  void weight_changed();
+
+  /// The scales of activations and of their gradients, for DelayedScaling; none for other recipes.
+  /// Each is set by the first cast, which goes by its own amax (without margin) because no step has
+  /// left a scale; if that is 0 or not finite, the scale is 1 until a step has recorded another.
   /// They are this object's: it must outlive whoever holds them.
   std::vector<DelayedScaling::Entry> delayed_entries() const;
   /// The scales in delayed_entries() have been set (restored from a checkpoint, say), so that the
@@ -59,26 +125,8 @@ class Linear {
   void keep_scales();
 
  private:
-  bool fp8() const { return config_.weight_dtype == DType::e4m3; }
-  bool is_delayed() const { return fp8() && config_.scaling == Scaling::given; }
-  Scaling scaling_of(bool has_scale) const;
-  void check(const char* what, const TensorView& view, std::int64_t rows, std::int64_t columns,
-             DType allowed, DType also_allowed) const;
-  void check_weight(const ScaledView& weight) const;
-  void check_backends() const;
-  TensorView saved() const;
-  void backward_fp8(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
-                    const TensorView& dw);
-  void backward_bf16(const TensorView& dy, const ScaledView& weight, const TensorView& dx,
-                     const TensorView& dw);
-
-  GemmRegistry& gemms_;
-  LinearConfig config_;
-  std::int64_t tokens_ = -1;                         ///< of the last forward; none yet
-  bool x_has_scale_ = false, dy_has_scale_ = false;  ///< of a cast before
-  Tensor saved_;   ///< bf16: x [T, K]; fp8: x transposed [K, T padded]; memory for max_tokens
-  Buffer scales_;  ///< fp8: scales of x and dy, and of x as saved; they outlive a call because a
-                   ///< cast of a tensor that is not finite keeps the scale before it
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace octet
