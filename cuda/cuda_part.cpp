@@ -33,12 +33,14 @@ const CudaPart& cuda_part() {
       .reduce_mean = cuda::reduce_mean,
       .max_amax = cuda::max_amax,
       .epilogue = cuda::epilogue,
+      .operand_to_bf16 = cuda::operand_to_bf16,
   };
   static const CudaPart part = {
       .backend = &table,
       .device_count = cuda::device_count,
       .check_device = cuda::check_device,
       .compute_capability = cuda::compute_capability,
+      .device_name = cuda::device_name,
       .make_cublaslt = cuda::make_cublaslt_gemm,
   };
   return part;

@@ -22,6 +22,8 @@ struct GemmProblem;
 
 namespace octet::detail {
 
+struct GemmOperand;
+
 struct Backend {
   // runtime
   void* (*allocate)(std::size_t bytes, CUstream_st* stream, void* device_index);
@@ -55,6 +57,7 @@ struct Backend {
                    TensorScale* out);
   // gemm
   void (*epilogue)(const Context&, const GemmProblem&, const float* sums, const GemmArgs&);
+  void (*operand_to_bf16)(const Context&, const GemmOperand&, void* out);
 };
 
 const Backend& cpu_backend();
@@ -68,6 +71,8 @@ struct CudaPart {
   void (*check_device)(int index) = nullptr;
   /// Compute capability as 10 * major + minor.
   int (*compute_capability)(int index) = nullptr;
+  /// As the driver calls it: "NVIDIA H100 80GB HBM3".
+  std::string (*device_name)(int index) = nullptr;
   /// The vendor GEMM library as a backend of the registry.
   std::unique_ptr<GemmBackend> (*make_cublaslt)(const Context&) = nullptr;
 };

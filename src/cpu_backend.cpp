@@ -35,6 +35,7 @@ const Backend& cpu_backend() {
       .reduce_mean = cpu::reduce_mean,
       .max_amax = cpu::max_amax,
       .epilogue = cpu::epilogue,
+      .operand_to_bf16 = cpu::operand_to_bf16,
   };
   return table;
 }

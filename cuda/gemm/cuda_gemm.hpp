@@ -9,4 +9,7 @@ namespace octet::detail::cuda {
 void epilogue(const Context& ctx, const GemmProblem& problem, const float* sums,
               const GemmArgs& args);
 
+/// As the CPU's.
+void operand_to_bf16(const Context& ctx, const GemmOperand& operand, void* out);
+
 }  // namespace octet::detail::cuda

@@ -93,4 +93,10 @@ int compute_capability(int index) {
   return 10 * major + minor;
 }
 
+std::string device_name(int index) {
+  cudaDeviceProp properties{};
+  OCTET_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
+  return properties.name;
+}
+
 }  // namespace octet::detail::cuda

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <string>
+
 #include "backend.hpp"
 
 namespace octet::detail::cuda {
@@ -17,5 +19,6 @@ void event_wait(const Context& ctx, void* event);
 int device_count();
 void check_device(int index);
 int compute_capability(int index);
+std::string device_name(int index);
 
 }  // namespace octet::detail::cuda

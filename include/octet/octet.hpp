@@ -17,6 +17,8 @@
 #include "octet/engine/plan.hpp"
 #include "octet/engine/shard_plan.hpp"
 #include "octet/gemm/cublaslt.hpp"
+#include "octet/gemm/dequant_bf16.hpp"
+#include "octet/gemm/epilogue.hpp"
 #include "octet/gemm/gemm.hpp"
 #include "octet/nn/linear.hpp"
 #include "octet/ops/adamw.hpp"

@@ -12,6 +12,10 @@ namespace octet::detail::cpu {
 void epilogue(const Context& ctx, const GemmProblem& problem, const float* sums,
               const GemmArgs& args);
 
+/// An FP8 operand as BF16 in the order it is stored in, rows without a gap: stored * scale in FP32,
+/// then rounded.
+void operand_to_bf16(const Context& ctx, const GemmOperand& operand, void* out);
+
 /// The epilogue of `count` elements of a row of D from `column` on; `sums` are theirs, null counts
 /// as zeros. Returns the bits of the largest |value| before d_scale; 0 unless D is FP8.
 /// For float and for double, which is rounded once, to D and to aux.

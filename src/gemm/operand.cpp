@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -34,6 +35,24 @@ void decode_run(const GemmOperand& operand, std::int64_t line, std::int64_t begi
       for (std::int64_t i = 0; i < count; ++i) out[i] = decode_bf16(codes[i]);
     } else {
       for (std::int64_t i = 0; i < count; ++i) out[i] = decode_f16(codes[i]);
+    }
+  }
+}
+
+void operand_to_bf16(const Context&, const GemmOperand& operand, void* out) {
+  constexpr std::int64_t kRun = 32;  // elements with one scale, whatever the granularity
+  const std::int64_t lines = operand.transposed ? operand.k() : operand.rows();
+  const std::int64_t length = operand.transposed ? operand.rows() : operand.k();
+#pragma omp parallel for if (lines * length > 65536)
+  for (std::int64_t line = 0; line < lines; ++line) {
+    auto* const to = static_cast<std::uint16_t*>(out) + line * length;
+    for (std::int64_t begin = 0; begin < length; begin += kRun) {
+      const std::int64_t count = std::min(kRun, length - begin);
+      const float scale =
+          operand.transposed ? operand.scale_at(0, 0) : operand.scale_at(line, begin);
+      float run[kRun];
+      decode_run(operand, line, begin, count, run);
+      for (std::int64_t i = 0; i < count; ++i) to[begin + i] = encode_bf16(run[i] * scale);
     }
   }
 }

@@ -19,7 +19,12 @@ std::string stride_refusal(const char* name, std::int64_t stride, std::int64_t r
 
 std::string operand_refusal(const char* name, DType dtype, bool transposed,
                             Granularity granularity) {
-  if (!is_fp8(dtype) || !transposed || granularity == Granularity::tensor) return {};
+  if (granularity == Granularity::tensor) return {};
+  if (!is_fp8(dtype)) {
+    return joined(name, "_scales are ", name_of(granularity), ", but ", name, " is ",
+                  name_of(dtype), " and has none; tensor is allowed");
+  }
+  if (!transposed) return {};
   return joined(name, " is transposed with ", name_of(granularity),
                 " scales; a transposed FP8 operand must have tensor scales");
 }

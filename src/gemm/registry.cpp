@@ -1,100 +1,68 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cstdlib>
-#include <ostream>
+#include <sstream>
 
 #include "backend.hpp"
+#include "gemm/problem.hpp"
+#include "gemm/ranking.hpp"
+#include "gemm/timing.hpp"
+#include "octet/gemm/dequant_bf16.hpp"
+#include "octet/gemm/epilogue.hpp"
 #include "octet/gemm/gemm.hpp"
-#include "octet/runtime/tensor.hpp"
-#include "overlap.hpp"
 
 namespace octet {
+
+struct GemmRegistry::Ranking : detail::RankingFile {};
+
+/// A backend that may be asked, and its answer.
+struct GemmRegistry::Candidate {
+  GemmBackend* backend = nullptr;
+  GemmSupport support;
+};
+
 namespace {
-
-/// Vendor kernels read 16 bytes at a time; held on the CPU too, so that a program tested there does
-/// not fail on a GPU.
-constexpr std::uintptr_t kAlignment = 16;
-
-void check_pointer(const GemmProblem& problem, const char* name, const void* pointer) {
-  require(pointer != nullptr, problem, ": ", name, " is null");
-  require(reinterpret_cast<std::uintptr_t>(pointer) % kAlignment == 0, problem, ": ", name,
-          " is at ", pointer, "; it must be aligned to ", kAlignment, " bytes");
-}
-
-void check_scale(const GemmProblem& problem, const char* name, DType dtype, const void* scale) {
-  if (is_fp8(dtype)) check_pointer(problem, name, scale);
-}
-
-/// D is written while the others are read.
-void check_apart(const GemmProblem& problem, const GemmArgs& args, const char* name,
-                 const void* data, std::int64_t bytes) {
-  const auto d_bytes = static_cast<std::size_t>(problem.m * problem.n) * size_of(problem.d);
-  require(!detail::overlap(args.d, d_bytes, data, static_cast<std::size_t>(bytes)), problem,
-          ": d (", d_bytes, " bytes at ", args.d, ") overlaps ", name, " (", bytes, " bytes at ",
-          data, "); they must be apart");
-}
-
-void check(const GemmProblem& problem, const GemmArgs& args) {
-  require(problem.m >= 0 && problem.n >= 0 && problem.k >= 0, problem,
-          ": m, n and k must not be negative");
-  if (problem.m == 0 || problem.n == 0) return;
-  check_pointer(problem, "d", args.d);
-  if (problem.k == 0) return;
-  check_pointer(problem, "a", args.a);
-  check_pointer(problem, "b", args.b);
-  check_scale(problem, "a_scales", problem.a, args.a_scales);
-  check_scale(problem, "b_scales", problem.b, args.b_scales);
-  const auto bytes = [&](std::int64_t rows, DType dtype) {
-    return rows * problem.k * static_cast<std::int64_t>(size_of(dtype));
-  };
-  check_apart(problem, args, "a", args.a, bytes(problem.m, problem.a));
-  check_apart(problem, args, "b", args.b, bytes(problem.n, problem.b));
-  if (is_fp8(problem.a)) check_apart(problem, args, "a_scales", args.a_scales, sizeof(float));
-  if (is_fp8(problem.b)) check_apart(problem, args, "b_scales", args.b_scales, sizeof(float));
-}
 
 GemmDevice describe(const Context& ctx) {
   const Device device = ctx.device();
   if (device.type == DeviceType::cpu) return {};
-  return {DeviceType::cuda, detail::cuda_part().compute_capability(device.index)};
+  const detail::CudaPart& cuda = detail::cuda_part();
+  return {DeviceType::cuda, cuda.compute_capability(device.index), cuda.device_name(device.index)};
+}
+
+std::string key_of(const GemmDevice& device, const GemmBackend& backend,
+                   const GemmProblem& problem) {
+  return detail::ranking_key(device.name, backend.name(), backend.version(), to_string(problem));
+}
+
+/// The first with a verdict.
+template <class List>
+auto first_of(const List& list, GemmVerdict verdict) {
+  return &*std::find_if(list.begin(), list.end(),
+                        [&](const auto& c) { return c.support.verdict == verdict; });
+}
+
+std::string_view name_of(GemmVerdict verdict) {
+  constexpr std::string_view kNames[] = {"native", "with conversion", "no"};
+  return kNames[static_cast<int>(verdict)];
 }
 
 }  // namespace
 
-std::string to_string(const GemmProblem& p) {
-  std::ostringstream text;
-  text << "gemm m=" << p.m << " n=" << p.n << " k=" << p.k << " a=" << name_of(p.a)
-       << (p.a_transposed ? "^T" : "") << " b=" << name_of(p.b) << (p.b_transposed ? "^T" : "")
-       << " d=" << name_of(p.d) << (p.accumulation == Accumulation::fast ? " fast" : "");
-  return text.str();
-}
+GemmRegistry::GemmRegistry(const Context& ctx)
+    : ctx_(ctx), device_(describe(ctx)), ranking_(std::make_unique<Ranking>()) {
+  const auto make_inner = [&] {
+    return device_.type == DeviceType::cpu ? make_reference_gemm()
+                                           : detail::cuda_part().make_cublaslt(ctx);
+  };
 
-std::ostream& operator<<(std::ostream& out, const GemmProblem& problem) {
-  return out << to_string(problem);
-}
-
-std::size_t GemmProblemHash::operator()(const GemmProblem& p) const {
-  const std::uint64_t flags =
-      static_cast<std::uint64_t>(p.a) | static_cast<std::uint64_t>(p.b) << 3 |
-      static_cast<std::uint64_t>(p.d) << 6 | static_cast<std::uint64_t>(p.a_transposed) << 9 |
-      static_cast<std::uint64_t>(p.b_transposed) << 10 |
-      static_cast<std::uint64_t>(p.accumulation) << 11;
-  std::uint64_t hash = flags;
-  for (std::int64_t dimension : {p.m, p.n, p.k}) {
-    // The multiplier of a 64-bit Weyl sequence spreads small integers over all bits.
-    hash = (hash ^ static_cast<std::uint64_t>(dimension)) * 0x9E3779B97F4A7C15u;
-    hash ^= hash >> 32;
-  }
-  return static_cast<std::size_t>(hash);
-}
-
-GemmRegistry::GemmRegistry(const Context& ctx) : ctx_(ctx), device_(describe(ctx)) {
-  if (device_.type == DeviceType::cpu) {
-    add(make_reference_gemm());
-  } else {
-    add(detail::cuda_part().make_cublaslt(ctx));
-  }
+  add(make_dequant_bf16_gemm(make_inner()));
+  add(make_inner());
   if (const char* name = std::getenv("OCTET_GEMM")) force(name);
+  if (const char* file = std::getenv("OCTET_GEMM_RANKING")) keep_ranking(file);
 }
+
+GemmRegistry::~GemmRegistry() = default;
 
 void GemmRegistry::add(std::unique_ptr<GemmBackend> backend) {
   require(backend != nullptr, "a GEMM backend that is to be added is null");
@@ -107,39 +75,122 @@ void GemmRegistry::force(std::string name) {
   chosen_.clear();
 }
 
-GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
-  Choice choice;
-  bool has_forced = forced_.empty();
+void GemmRegistry::keep_ranking(std::string file) {
+  ranking_->open(file);
+  chosen_.clear();
+}
+
+/// The backends that may be asked, the last added first.
+std::vector<GemmRegistry::Candidate> GemmRegistry::candidates(const GemmProblem& problem) const {
+  std::vector<Candidate> list;
   for (auto backend = backends_.rbegin(); backend != backends_.rend(); ++backend) {
-    if (!forced_.empty() && (*backend)->name() != forced_) {
-      choice.report += (*backend)->name() + ": not asked, " + forced_ + " is forced\n";
-      continue;
-    }
-    has_forced = true;
-    const GemmSupport support = (*backend)->query(problem, device_);
-    const bool yes = support.verdict == GemmVerdict::native;
-    choice.report += (*backend)->name() + (yes ? ": native, " : ": no, ") + support.reason + "\n";
-    if (!yes) continue;
-    choice.backend = backend->get();
-    choice.support = support;
-    break;
+    if (!forced_.empty() && (*backend)->name() != forced_) continue;
+    list.push_back({backend->get(), (*backend)->query(problem, device_)});
   }
-  if (!has_forced) choice.report += forced_ + ": forced, but there is no backend of that name\n";
+  return list;
+}
+
+GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
+  detail::check_problem(problem);
+  Choice choice;
+  std::ostringstream report;
+  const std::vector<Candidate> list = candidates(problem);
+  const auto time_of = [&](const Candidate& c) {
+    return ranking_->find(key_of(device_, *c.backend, problem));
+  };
+  GemmVerdict tier = GemmVerdict::no;
+  for (const Candidate& c : list) {
+    report << c.backend->name() << ": " << name_of(c.support.verdict) << ", " << c.support.reason;
+    if (const detail::Measured* measured = time_of(c)) {
+      report << ", measured " << measured->microseconds << " us";
+    }
+    report << "\n";
+    tier = std::min(tier, c.support.verdict);
+  }
+  // A time says something only beside those of all others.
+  const Candidate* best = nullptr;
+  bool all_measured = true;
+  for (const Candidate& c : list) {
+    if (tier == GemmVerdict::no || c.support.verdict != tier) continue;
+    all_measured = all_measured && time_of(c) != nullptr;
+    if (best == nullptr ||
+        (all_measured && time_of(c)->microseconds < time_of(*best)->microseconds)) {
+      best = &c;
+    }
+  }
+  if (!all_measured) best = first_of(list, tier);
+  if (!forced_.empty()) {
+    for (const auto& backend : backends_) {
+      if (backend->name() == forced_) continue;
+      report << backend->name() << ": not asked, " << forced_ << " is forced\n";
+    }
+    if (list.empty()) report << forced_ << ": forced, but there is no backend of that name\n";
+  }
+  choice.report = report.str();
+  if (best != nullptr) {
+    choice.backend = best->backend;
+    choice.verdict = best->support.verdict;
+    choice.workspace_bytes = best->support.workspace_bytes;
+  }
   return choice;
 }
 
-void GemmRegistry::run(const GemmProblem& problem, const GemmArgs& args) {
-  check(problem, args);
-  if (problem.m == 0 || problem.n == 0) return;
-  if (problem.k == 0) {
-    zero_bytes(ctx_, args.d, static_cast<std::size_t>(problem.m * problem.n) * size_of(problem.d));
-    return;
+void GemmRegistry::prepare(const GemmProblem& problem) {
+  const Choice choice = choose(problem);
+  require(choice.backend != nullptr, problem, ": no backend can run it\n", choice.report);
+  if (problem.m == 0 || problem.n == 0 || problem.k == 0) return;
+  std::vector<Candidate> rivals = candidates(problem);
+  GemmVerdict tier = GemmVerdict::no;
+  for (const Candidate& c : rivals) tier = std::min(tier, c.support.verdict);
+  std::erase_if(rivals, [&](const Candidate& c) { return c.support.verdict != tier; });
+  measure(problem, rivals);
+  chosen_.clear();
+  ctx_.reserve_workspace(choose(problem).workspace_bytes);
+}
+
+void GemmRegistry::measure(const GemmProblem& problem, const std::vector<Candidate>& rivals) {
+  std::unique_ptr<detail::MadeUpOperands> operands;
+  for (const Candidate& rival : rivals) {
+    GemmBackend& backend = *rival.backend;
+    const std::string key = key_of(device_, backend, problem);
+    if (const detail::Measured* known = ranking_->find(key)) {
+      if (known->candidate.empty() || backend.select(ctx_, problem, known->candidate)) continue;
+    }
+    const std::vector<std::string> ways = backend.candidates(ctx_, problem);
+    if (rivals.size() == 1 && ways.size() < 2) continue;
+    if (operands == nullptr) operands = std::make_unique<detail::MadeUpOperands>(ctx_, problem);
+    ctx_.reserve_workspace(rival.support.workspace_bytes);
+    std::size_t selected = ways.size();
+    const auto take = [&](std::size_t way) {
+      if (ways.empty() || way == selected) return;
+      require(backend.select(ctx_, problem, ways[way]), problem, ": ", backend.name(),
+              " does not take back the way \"", ways[way], "\" that it offered");
+      selected = way;
+    };
+    const detail::Fastest fastest =
+        detail::find_fastest(ctx_, std::max<std::size_t>(ways.size(), 1), [&](std::size_t way) {
+          take(way);
+          backend.run(ctx_, problem, operands->args());
+        });
+    take(fastest.index);
+    ranking_->add(key, {ways.empty() ? "" : ways[fastest.index], fastest.microseconds});
   }
+}
+
+void GemmRegistry::run(const GemmProblem& problem, const GemmArgs& args) {
   auto chosen = chosen_.find(problem);
   if (chosen == chosen_.end()) {
     const Choice choice = choose(problem);
-    require(choice.backend != nullptr, problem, ": no backend can run it\n", choice.report);
+    const bool is_empty = problem.m == 0 || problem.n == 0 || problem.k == 0;
+    require(is_empty || choice.backend != nullptr, problem, ": no backend can run it\n",
+            choice.report);
     chosen = chosen_.emplace(problem, choice.backend).first;
+  }
+  if (problem.m == 0 || problem.n == 0) return;
+  detail::check_args(problem, args);
+  if (problem.k == 0) {
+    apply_epilogue(ctx_, problem, nullptr, args);
+    return;
   }
   chosen->second->run(ctx_, problem, args);
   const bool fp8 = is_fp8(problem.a) || is_fp8(problem.b);

@@ -60,7 +60,8 @@ TEST_CASE_METHOD(Fixture, "registry: the backend added last is asked first") {
   gemms.run(p, args());
   CHECK((older == 1 && newer == 1));
   CHECK(gemms.choose(p).backend->name() == "newer");
-  CHECK(gemms.choose(p).report == "newer: native, a stub\n");
+  CHECK(missing(gemms.choose(p).report,
+                {"newer: native, a stub\nolder: native, a stub\nreference: native, "}) == "");
   gemms.run({.m = 8, .n = 2, .k = 3}, args());
   CHECK((older == 1 && newer == 1));
 }
@@ -73,11 +74,13 @@ TEST_CASE_METHOD(Fixture, "registry: the report has a line for each backend aske
   CHECK(choice.backend->name() == "reference");
   CHECK(missing(choice.report,
                 {"nine: no, m is not 9\nseven: no, m is not 7\nreference: native, "}) == "");
+  gemms.force("seven");
   const GemmProblem f16{.m = 8, .n = 2, .k = 3, .a = DType::f16};
   CHECK(gemms.choose(f16).backend == nullptr);
   CHECK(missing(error_of([&] { gemms.run(f16, args()); }),
-                {"gemm m=8 n=2 k=3 a=f16 b=e4m3 d=f32", "nine: no, m is not 9",
-                 "seven: no, m is not 7", "reference: no, a is f16"}) == "");
+                {"gemm m=8 n=2 k=3 a=f16 b=e4m3 d=f32", "nine: not asked", "seven: no, m is not 7",
+                 "reference: not asked"}) == "");
+  gemms.force("");
   CHECK(calls == 0);
   CHECK(untouched());
   CHECK(missing(error_of([&] { gemms.add(nullptr); }), {"null"}) == "");
@@ -154,6 +157,84 @@ TEST_CASE_METHOD(Fixture, "registry: a D that overlaps what is read is refused")
   CHECK(message([&](GemmArgs& x) { x.b = x.a; }) == "no error");
 }
 
+TEST_CASE_METHOD(Fixture, "registry: aux and the amax of D are kept apart from the rest too") {
+  Buffer memory(ctx, 8192);
+  zero_bytes(ctx, memory.data(), memory.bytes());
+  char* base = memory.as<char>();
+  const GemmProblem p{.m = 4,
+                      .n = 8,
+                      .k = 16,
+                      .d = DType::e4m3,
+                      .ldd = 32,
+                      .bias = true,
+                      .activation = Activation::gelu,
+                      .aux = true};
+  GemmArgs good{base, base + 1024, base + 256, base + 1040, base + 2048, base + 1056};
+  good.aux = base + 4096;
+  good.d_scale = reinterpret_cast<float*>(base + 1072);
+  good.d_amax = reinterpret_cast<float*>(base + 1088);
+  const auto message = [&](auto change) {
+    GemmArgs changed = good;
+    change(changed);
+    return error_of([&] { gemms.run(p, changed); });
+  };
+  CHECK(message([](GemmArgs&) {}) == "no error");
+  // Three rows of 32 and one of 8.
+  CHECK(missing(message([&](GemmArgs& x) { x.d = base + 1072 - 96; }),
+                {"d (104 bytes", "overlaps"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.aux = base + 2128; }), {"d (104", "aux (64"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.aux = base + 256; }), {"aux (64", "b (128"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.bias = base + 4112; }), {"aux", "bias (16"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d_amax = reinterpret_cast<float*>(base + 2064); }),
+                {"d (104", "d_amax (4"}) == "");
+  CHECK(missing(message([&](GemmArgs& x) { x.d_amax = reinterpret_cast<float*>(base + 16); }),
+                {"d_amax", "a (64"}) == "");
+}
+
+TEST_CASE("registry: problems that contradict themselves are refused by everybody") {
+  GemmRegistry gemms(Context::cpu());
+  const GemmProblem good{.m = 16, .n = 16, .k = 128};
+  const auto message = [&](auto change) {
+    GemmProblem changed = good;
+    change(changed);
+    return error_of([&] { gemms.choose(changed); });
+  };
+  CHECK(message([](GemmProblem&) {}) == "no error");
+  CHECK(missing(message([](GemmProblem& p) { p.lda = 127; }), {"lda is 127", "128"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.b_transposed = true, p.ldb = 15; }),
+                {"ldb is 15", "16"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.ldd = -16; }), {"ldd is -16"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.a = DType::bf16, p.a_scales = Granularity::tile; }),
+                {"a_scales are tile", "a is bf16"}) == "");
+  CHECK(
+      missing(message([](GemmProblem& p) { p.b_transposed = true, p.b_scales = Granularity::mx; }),
+              {"b is transposed", "mx"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.accumulate = true, p.d = DType::e4m3; }),
+                {"accumulate", "e4m3", "f32 and bf16"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.aux = true; }),
+                {"aux is set", "activation is none"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.activation = Activation::dgelu; }),
+                {"dgelu", "aux is not set"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.bias = true, p.bias_type = DType::e5m2; }),
+                {"bias_type is e5m2"}) == "");
+}
+
+TEST_CASE_METHOD(Fixture, "registry: arguments that the problem does not have are refused") {
+  const GemmProblem p{.m = 2, .n = 3, .k = 4};
+  const auto with = [&](auto change) {
+    GemmArgs changed = args();
+    change(changed);
+    return error_of([&] { gemms.run(p, changed); });
+  };
+  CHECK(missing(with([&](GemmArgs& x) { x.bias = operand.data(); }), {"bias is given"}) == "");
+  CHECK(missing(with([&](GemmArgs& x) { x.aux = operand.data(); }), {"aux is given"}) == "");
+  CHECK(missing(with([&](GemmArgs& x) { x.d_scale = scale.as<float>(); }),
+                {"d_scale is given", "not FP8"}) == "");
+  CHECK(missing(with([&](GemmArgs& x) { x.d_amax = scale.as<float>(); }),
+                {"d_amax is given", "not FP8"}) == "");
+  CHECK(untouched());
+}
+
 TEST_CASE_METHOD(Fixture, "registry: a forced backend runs alone or nobody does") {
   int calls = 0;
   gemms.add(std::make_unique<Stub>("seven", 7, &calls));
@@ -218,6 +299,23 @@ TEST_CASE("registry: a problem as text and as a key") {
        .b = DType::e5m2,
        .b_transposed = true,
        .accumulation = Accumulation::fast}};
+  const GemmProblem all{.m = 4,
+                        .n = 8,
+                        .k = 16,
+                        .lda = 32,
+                        .ldb = 48,
+                        .ldd = 64,
+                        .a_scales = Granularity::row_block,
+                        .b_scales = Granularity::tile,
+                        .accumulation = Accumulation::exact,
+                        .accumulate = true,
+                        .bias = true,
+                        .activation = Activation::gelu,
+                        .aux = true,
+                        .deterministic = true};
+  CHECK(to_string(all) ==
+        "gemm m=4 n=8 k=16 a=e4m3/row_block lda=32 b=e4m3/tile ldb=48 d=f32 ldd=64 exact "
+        "accumulate bias=bf16 gelu aux=bf16 deterministic");
   for (const GemmProblem& other : others) {
     CHECK_FALSE(other == p);
     CHECK(hash(other) != hash(p));

@@ -43,7 +43,7 @@ struct GemmProblem {
   bool b_transposed = false;
   /// Elements from one stored row to the next; 0 where rows follow each other without a gap.
   std::int64_t lda = 0, ldb = 0, ldd = 0;
-  /// Of FP8 operands; ignored for others, which have no scales. mx scales are gemm_ready.
+  /// Of FP8 operands; others have none and leave them at tensor. mx scales are gemm_ready.
   Granularity a_scales = Granularity::tensor;
   Granularity b_scales = Granularity::tensor;
   Accumulation accumulation = Accumulation::promoted;
@@ -88,6 +88,7 @@ struct GemmArgs {
 struct GemmDevice {
   DeviceType type = DeviceType::cpu;
   int compute_capability = 0;  ///< 10 * major + minor; 0 on a CPU
+  std::string name = "cpu";    ///< "NVIDIA H100 80GB HBM3"; rankings are kept by it
 };
 
 enum class GemmVerdict : std::uint8_t {
@@ -159,27 +160,47 @@ struct GemmCounts {
 /// The backends of one context. Not copied, not global: whoever makes it decides what is in it.
 class GemmRegistry {
  public:
-  /// The standard ones for the context's device: reference on a CPU, cuBLASLt on CUDA. The
-  /// environment variable OCTET_GEMM, read here, is a name for force().
+  /// The standard ones for the context's device: reference on a CPU, cuBLASLt on CUDA, and
+  /// dequant_bf16 for what those cannot run. Two environment variables are read here: OCTET_GEMM is
+  /// a name for force(), OCTET_GEMM_RANKING a file for keep_ranking().
   explicit GemmRegistry(const Context& ctx);
-  /// Adds a backend, which is asked before all that are there already.
+  ~GemmRegistry();
+  GemmRegistry(const GemmRegistry&) = delete;
+  GemmRegistry& operator=(const GemmRegistry&) = delete;
+  /// Adds a backend, which until something has been measured is asked before all that are there.
   void add(std::unique_ptr<GemmBackend> backend);
 
   /// From now on only the backend of this name is asked, and what it cannot run nobody runs; an
   /// empty name lifts that. One that is not there yet may be added later.
   void force(std::string name);
 
+  /// What prepare() measures is read from this file and added to it, a line per backend, version,
+  /// device and problem; a file that does not exist yet is made. Throws octet::Error naming the
+  /// line of a file that is not such a list, or a file that cannot be written. Ranks that are to
+  /// compute with the same algorithms are given the same file.
+  void keep_ranking(std::string file);
+
   struct Choice {
     GemmBackend* backend = nullptr;  ///< null when nobody can
-    GemmSupport support;             ///< its answer
-    std::string report;              ///< one line per backend asked: name, verdict, reason
+    GemmVerdict verdict = GemmVerdict::no;
+    std::string report;              ///< one line per backend: name, verdict, reason, time
+    std::size_t workspace_bytes = 0;
   };
+  /// Of the backends that run the problem natively the one that prepare() found fastest; without a
+  /// measurement the one added last. Only where there is none, the same among those that convert.
   Choice choose(const GemmProblem& problem) const;
 
-  /// Runs the product on the first backend that can; throws octet::Error with the report if none
-  /// can, or naming the argument that is wrong: null, not aligned, or a D that overlaps an operand
-  /// or a scale. Nothing happens when m or n is 0; k = 0 zeroes D. Stream-ordered. Determinism is
-  /// the backend's.
+  /// For set-up: reserves the workspace that the problem's backend needs and, where several
+  /// backends or ways come into question, times each on made-up operands (0.1 to 2 seconds on a
+  /// GPU, unless the ranking file knows) and keeps the fastest. Allocates and synchronises. Throws
+  /// octet::Error with the report if nobody can run it.
+  void prepare(const GemmProblem& problem);
+
+  /// Runs the product on the backend of choose(); throws octet::Error with the report if none can,
+  /// or naming the argument that is wrong: null, not aligned, or a D that overlaps what is read.
+  /// Nothing happens when m or n is 0. Takes no device memory and does not synchronise; a
+  /// problem that was not prepared runs with what the backend takes for fastest, and needs the
+  /// workspace that its query() names. Stream-ordered. Determinism is the backend's.
   void run(const GemmProblem& problem, const GemmArgs& args);
 
   /// GEMMs run so far; those with m, n or k of 0 are none.
@@ -187,10 +208,16 @@ class GemmRegistry {
   const Context& context() const { return ctx_; }
 
  private:
+  struct Candidate;
+  struct Ranking;
+  std::vector<Candidate> candidates(const GemmProblem& problem) const;
+  void measure(const GemmProblem& problem, const std::vector<Candidate>& rivals);
+
   Context ctx_;
   GemmDevice device_;
   std::vector<std::unique_ptr<GemmBackend>> backends_;
   std::string forced_;  ///< empty: none
+  std::unique_ptr<Ranking> ranking_;
   /// Answers of choose(), so that a query and its texts are not made anew in every step.
   std::unordered_map<GemmProblem, GemmBackend*, GemmProblemHash> chosen_;
   GemmCounts counts_;
