@@ -141,25 +141,26 @@ struct Counts {
   }
 };
 
-/// The sum of every column of a tile: lane l of a column has added rows l, l + 32, ...; then a
-/// binary tree over the lanes.
-__device__ inline void store_column_sums(float (*lanes)[Tile::kColumns], const float (&mine)[8],
-                                         float* out, std::int64_t columns) {
-  const int group = static_cast<int>(threadIdx.x) % kGroups;
-  const int lane = static_cast<int>(threadIdx.x) / kGroups;
+/// The sum of every column of a tile with `Groups` vectors in a row and kLanes threads for each:
+/// lane l of a column has added rows l, l + 32, ...; then a binary tree over the lanes.
+template <int Groups>
+__device__ void store_column_sums(float (*lanes)[8 * Groups], const float (&mine)[8], float* out,
+                                  std::int64_t columns) {
+  constexpr int kColumns = 8 * Groups, kBlock = Groups * kLanes;
+  const int group = static_cast<int>(threadIdx.x) % Groups;
+  const int lane = static_cast<int>(threadIdx.x) / Groups;
   __syncthreads();  // the tile that was there is no longer needed
 #pragma unroll
   for (int i = 0; i < 8; ++i) lanes[lane][8 * group + i] = mine[i];
   for (int width = kLanes / 2; width > 0; width /= 2) {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < width * Tile::kColumns; i += kThreads) {
-      lanes[i / Tile::kColumns][i % Tile::kColumns] +=
-          lanes[i / Tile::kColumns + width][i % Tile::kColumns];
+    for (int i = static_cast<int>(threadIdx.x); i < width * kColumns; i += kBlock) {
+      lanes[i / kColumns][i % kColumns] += lanes[i / kColumns + width][i % kColumns];
     }
   }
   __syncthreads();
   const int column = static_cast<int>(threadIdx.x);
-  if (column < Tile::kColumns && column < columns) out[column] = unscaled(lanes[0][column], 1.0f);
+  if (column < kColumns && column < columns) out[column] = unscaled(lanes[0][column], 1.0f);
 }
 
 /// Measures while the vectors are in registers, so that the input is read once; all blocks must run

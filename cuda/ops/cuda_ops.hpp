@@ -10,6 +10,11 @@ void quantize(const Context& ctx, const QuantizeArgs& args);
 void convert(const Context& ctx, const ScaledView& in, const TensorView& out);
 void transpose(const Context& ctx, const TensorView& in, const TensorView& out);
 void sum_columns(const Context& ctx, const TensorView& sums, const TensorView& out);
+void block_quantize(const Context& ctx, const BlockQuantizeArgs& args);
+void block_dequantize(const Context& ctx, const BlockScaledView& in, const TensorView& out);
+void broadcast_scale(const Context& ctx, const TensorScale* scale, const BlockScaledView& out);
+void make_gemm_ready(const Context& ctx, const void* compact, std::int64_t rows,
+                     std::int64_t columns, void* gemm_ready);
 void delayed_update(const Context& ctx, const DelayedArgs& args);
 void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale);
 void adamw_initialise(const Context& ctx, const AdamwInit& init);

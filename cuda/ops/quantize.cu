@@ -3,21 +3,14 @@
 // transposed, or summed by columns, goes in tiles of 128 rows and 64 columns.
 #include <algorithm>
 
-#include "cuda/check.hpp"
 #include "cuda/device/dependent.cuh"
-#include "cuda/ops/cast_vectors.cuh"
+#include "cuda/ops/cast_launch.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 
 namespace octet::detail::cuda {
 namespace {
 
 using namespace casts;
-
-/// Casts come in rows of small kernels: the next is launched while this one runs, and waits here.
-__device__ void begin_dependent() {
-  allow_next_kernel();
-  wait_for_previous_kernel();
-}
 
 /// After a pass over the input from its end on, because that is in the cache.
 __device__ std::int64_t block_of(const Cast& cast) {
@@ -107,9 +100,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         static_cast<int>(min(cast.pitch - row0, std::int64_t{kTileRows})), cast.transposed_aligned);
   }
   if (cast.column_sums != nullptr) {
-    store_column_sums(shared.lanes, sums,
-                      cast.column_sums + row0 / kTileRows * cast.columns + column0,
-                      cast.columns - column0);
+    store_column_sums<kGroups>(shared.lanes, sums,
+                               cast.column_sums + row0 / kTileRows * cast.columns + column0,
+                               cast.columns - column0);
   }
   if (cast.given) record_amax(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
@@ -182,28 +175,9 @@ __global__ void __launch_bounds__(kThreads)
   out[column] = Out::encode(unscaled(static_cast<float>(sum), 1.0f));
 }
 
-/// Grid-stride kernels: enough blocks to fill the largest GPUs several times over.
-unsigned blocks_for(std::int64_t count) {
-  constexpr std::int64_t kMaxBlocks = 4096;
-  return static_cast<unsigned>(
-      std::clamp<std::int64_t>((count + 8 * kThreads - 1) / (8 * kThreads), 1, kMaxBlocks));
-}
-
-bool is_aligned_to_vectors(const void* data, std::size_t width) {
-  return reinterpret_cast<std::uintptr_t>(data) % std::min<std::size_t>(8 * width, 16) == 0;
-}
-
 std::int64_t tiles_down(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 std::int64_t tiles_across(std::int64_t columns) {
   return (columns + Tile::kColumns - 1) / Tile::kColumns;
-}
-
-/// The input of a cast: one of the three types that are not FP8.
-template <class F>
-void for_wide_dtype(DType dtype, F&& f) {
-  if (dtype == DType::bf16) return f(Element<DType::bf16>{});
-  if (dtype == DType::f16) return f(Element<DType::f16>{});
-  f(Element<DType::f32>{});
 }
 
 Cast cast_of(const QuantizeArgs& args) {
