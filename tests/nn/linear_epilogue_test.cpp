@@ -16,8 +16,7 @@ double gelu(double x) {
 }
 double gelu_slope(double x) {
   const double t = std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x));
-  return 0.5 * (1 + t) +
-         0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x);
+  return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x);
 }
 
 template <class F>
@@ -49,8 +48,7 @@ struct InMemory {
   Buffer memory;
   TensorView view;
   InMemory(const Context& ctx, const Matrix& m, DType dtype)
-      : memory(upload_as(ctx, m, dtype)),
-        view(view_of(ctx, memory, dtype, {m.rows, m.columns})) {}
+      : memory(upload_as(ctx, m, dtype)), view(view_of(ctx, memory, dtype, {m.rows, m.columns})) {}
 };
 
 TensorView flat(TensorView view) {
@@ -116,8 +114,8 @@ struct Pair {
   }
 
   Trained run(bool fused, DType out) {
-    const InMemory x_in(ctx, x, f32), dy_in(ctx, dy, f32), w1_in(ctx, w1, f32),
-        w2_in(ctx, w2, f32), bias_in(ctx, bias, f32);
+    const InMemory x_in(ctx, x, f32), dy_in(ctx, dy, f32), w1_in(ctx, w1, f32), w2_in(ctx, w2, f32),
+        bias_in(ctx, bias, f32);
     const Tensor dh(ctx, out, {tokens, kOut}), out2(ctx, f32, {tokens, kIn});
     const auto memory = [&](std::int64_t rows, std::int64_t columns) {
       return Guarded(ctx, static_cast<std::size_t>(rows * columns) * size_of(out));

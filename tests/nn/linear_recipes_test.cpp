@@ -24,8 +24,8 @@ void check_case(const Context& ctx, const Case& c) {
   INFO(to_text(config) << ", " << c.tokens << " tokens, " << c.k << " in, " << c.n << " out, "
                        << name_of(config.weight_dtype) << " weight, " << name_of(c.in) << " in, "
                        << name_of(c.out) << " out, on " << to_string(ctx.device()));
-  const auto matrix = [&](std::int64_t rows, std::int64_t columns, std::uint32_t seed,
-                          double sigma, DType dtype) {
+  const auto matrix = [&](std::int64_t rows, std::int64_t columns, std::uint32_t seed, double sigma,
+                          DType dtype) {
     return c.integers ? integer_matrix(rows, columns, seed, 3)
                       : random_matrix(rows, columns, seed, sigma, dtype);
   };
@@ -142,8 +142,7 @@ TEST_CASE("three GEMMs of FP8 operands with every recipe, three of BF16 ones wit
     const WeightInMemory w(ctx, integer_matrix(16, 32, 3, 3), shaped.weight_dtype);
     const Buffer x_memory = upload_as(ctx, x, f32), dy_memory = upload_as(ctx, dy, f32);
     const Tensor y(ctx, f32, {16, 16}), dx(ctx, f32, {16, 32}), dw(ctx, f32, {16, 32});
-    linear.forward(
-        {.x = view_of(ctx, x_memory, f32, {16, 32}), .weight = w.view(), .y = y.view()});
+    linear.forward({.x = view_of(ctx, x_memory, f32, {16, 32}), .weight = w.view(), .y = y.view()});
     linear.backward({.dy = view_of(ctx, dy_memory, f32, {16, 16}),
                      .weight = w.view(),
                      .dx = dx,
