@@ -53,7 +53,8 @@ struct Result {
   Bound bound = Bound::at_least;
   double median_ms = 0.0;
   std::optional<double> spread;
-  std::optional<std::size_t> bytes;
+  std::optional<std::size_t> bytes = {};
+  std::optional<double> flops = {};
   double bytes_per_element = 0.0;  ///< 0: not per element
 
   double rate() const { return static_cast<double>(bytes.value_or(0)) / (median_ms * 1e9); }
@@ -111,7 +112,7 @@ inline nlohmann::ordered_json json_row(const Result& r) {
           {"median_ms", r.median_ms},
           {"spread", r.spread ? Json(*r.spread) : Json()},
           {"bytes", r.bytes ? Json(*r.bytes) : Json()},
-          {"flops", nullptr}};
+          {"flops", r.flops ? Json(*r.flops) : Json()}};
 }
 
 /// `element` is what bytes are counted per.

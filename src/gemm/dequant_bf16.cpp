@@ -100,7 +100,8 @@ Plan make_plan(const GemmProblem& p, const std::string& inner_name, Ask&& ask) {
                   "FP8 to BF16, product by " + inner_name +
                       (plan.fused ? "" : ", then the epilogue") + ": " + inner.reason,
                   WorkspaceScope::padded(plan.a_bytes) + WorkspaceScope::padded(plan.b_bytes) +
-                      WorkspaceScope::padded(plan.sums_bytes) + inner.workspace_bytes,
+                      WorkspaceScope::padded(plan.sums_bytes) +
+                      WorkspaceScope::padded(inner.workspace_bytes),
                   moved};
   return plan;
 }

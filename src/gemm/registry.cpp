@@ -129,8 +129,7 @@ GemmRegistry::Choice GemmRegistry::choose(const GemmProblem& problem) const {
   choice.report = report.str();
   if (best != nullptr) {
     choice.backend = best->backend;
-    choice.verdict = best->support.verdict;
-    choice.workspace_bytes = best->support.workspace_bytes;
+    choice.support = best->support;
   }
   return choice;
 }
@@ -145,7 +144,7 @@ void GemmRegistry::prepare(const GemmProblem& problem) {
   std::erase_if(rivals, [&](const Candidate& c) { return c.support.verdict != tier; });
   measure(problem, rivals);
   chosen_.clear();
-  ctx_.reserve_workspace(choose(problem).workspace_bytes);
+  ctx_.reserve_workspace(choose(problem).support.workspace_bytes);
 }
 
 void GemmRegistry::measure(const GemmProblem& problem, const std::vector<Candidate>& rivals) {

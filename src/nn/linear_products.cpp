@@ -73,8 +73,8 @@ Linear::Impl::Route Linear::Impl::find_route(const Product& product) const {
     for (Route route : candidates) {
       const GemmProblem inner = routed(problem, route);
       const GemmRegistry::Choice choice = gemms.choose(inner);
-      if (choice.backend != nullptr && choice.verdict == wanted) {
-        route.bytes = WorkspaceScope::padded(choice.workspace_bytes);
+      if (choice.backend != nullptr && choice.support.verdict == wanted) {
+        route.bytes = WorkspaceScope::padded(choice.support.workspace_bytes);
         if (route.padded || route.stepwise) {
           const auto count = static_cast<std::size_t>(inner.m * inner.n);
           route.bytes += WorkspaceScope::padded(count * size_of(inner.d));

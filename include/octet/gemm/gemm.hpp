@@ -182,9 +182,8 @@ class GemmRegistry {
 
   struct Choice {
     GemmBackend* backend = nullptr;  ///< null when nobody can
-    GemmVerdict verdict = GemmVerdict::no;
     std::string report;              ///< one line per backend: name, verdict, reason, time
-    std::size_t workspace_bytes = 0;
+    GemmSupport support;             ///< its answer
   };
   /// Of the backends that run the problem natively the one that prepare() found fastest; without a
   /// measurement the one added last. Only where there is none, the same among those that convert.
