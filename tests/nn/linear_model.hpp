@@ -46,14 +46,15 @@ inline Matrix rounded(Matrix m, DType dtype) {
   return m;
 }
 
-/// Bell-shaped values, whose size changes from one run of `run` rows and columns to the next.
+/// Bell-shaped values, whose size changes from one run of `run` rows and columns to the next, so
+/// much that in E4M3 with a scale for the whole tensor the smaller ones are lost.
 inline Matrix random_matrix(std::int64_t rows, std::int64_t columns, std::uint32_t seed,
                             double sigma, DType dtype, std::int64_t run = 20) {
   const auto values = normal_values(static_cast<std::size_t>(rows * columns), seed);
   Matrix m{rows, columns};
   for (std::int64_t i = 0; i < rows; ++i) {
     for (std::int64_t j = 0; j < columns; ++j) {
-      const int exponent = static_cast<int>((i / run * 5 + j / run * 3) % 7) - 3;
+      const int exponent = 4 * static_cast<int>((i / run * 5 + j / run * 3) % 7) - 12;
       const auto value = static_cast<double>(values[static_cast<std::size_t>(i * columns + j)]);
       m.at(i, j) = static_cast<double>(static_cast<float>(sigma * std::ldexp(value, exponent)));
     }
@@ -83,8 +84,7 @@ inline double decoding_factor(double amax, DType dtype, Granularity granularity)
   return std::ldexp(1.0, exponent);
 }
 
-/// What a cast leaves of a matrix, decoded; blocks run along its rows. `tensor_amax`, if given, is
-/// that of another tensor whose scale is used.
+/// What a cast leaves of a matrix, decoded; blocks run along its rows.
 inline Matrix cast(const Matrix& m, DType dtype, Granularity granularity) {
   const bool is_tensor = granularity == Granularity::tensor;
   const std::int64_t all = std::max<std::int64_t>({m.rows, m.columns, 1});
@@ -208,19 +208,26 @@ class WeightInMemory {
 struct LinearModel {
   LinearConfig config;
 
+  /// TE's recipes: E5M2 gradients where a tensor has one scale, unless the format says otherwise.
   DType gradient() const {
-    return gradient_dtype(config.format.value_or(default_format(config.recipe)));
+    const bool has_tensor_scales = config.recipe <= Fp8Recipe::tensorwise;
+    const Fp8Format usual = has_tensor_scales ? Fp8Format::hybrid : Fp8Format::e4m3;
+    return config.format.value_or(usual) == Fp8Format::hybrid ? DType::e5m2 : DType::e4m3;
+  }
+  Granularity granularity(Granularity blockwise) const {
+    if (config.recipe == Fp8Recipe::blockwise) return blockwise;
+    return config.recipe == Fp8Recipe::mxfp8 ? Granularity::mx : Granularity::tensor;
   }
   Matrix operand(const Matrix& m, DType dtype, Granularity granularity) const {
     return config.fp8 ? cast(m, dtype, granularity) : rounded(m, DType::bf16);
   }
   Matrix x_like(const Matrix& m, DType dtype) const {
-    return operand(m, dtype, activation_scales(config.recipe));
+    return operand(m, dtype, granularity(Granularity::row_block));
   }
   /// `w`: as the caller's memory has it, decoded; an e4m3 weight is used as it is.
   Matrix weight(const Matrix& w) const {
     if (config.fp8 && config.weight_dtype == DType::e4m3) return w;
-    return operand(w, DType::e4m3, weight_scales(config.recipe));
+    return operand(w, DType::e4m3, granularity(Granularity::tile));
   }
   Product y(const Matrix& x, const Matrix& w) const {
     return product(x_like(x, DType::e4m3), weight(w));
