@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times of the casts to FP8 on CUDA device 0 against the rate of a copy: row-major, transposed and
-// both, with a scale that is given and with current scaling, from memory and from the cache.
+// both, with a scale that is given, with current scaling and with scales of blocks, from memory and
+// from the cache.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <iostream>
 #include <memory>
 
 #include "cuda_report.hpp"
-#include "octet/ops/quantize.hpp"
+#include "octet/ops/block_quantize.hpp"
 #include "octet/runtime/tensor.hpp"
 
 namespace bench {
 namespace {
 
 using octet::DType;
+using octet::Granularity;
 using octet::Scaling;
 using octet::Shape;
 using octet::TensorView;
@@ -30,6 +32,8 @@ struct Case {
   DType in = DType::bf16;
   Copies copies = Copies::both;
   Scaling scaling = Scaling::given;
+  /// tensor, or that of a block cast, whose scaling is always current.
+  Granularity granularity = Granularity::tensor;
   bool sums = false, counts = false;
   /// Inputs that take turns, so that none is in the cache when it is read; 1: the input stays
   /// there.
@@ -42,15 +46,23 @@ struct Case {
   std::string name() const {
     std::string text = std::string(octet::name_of(in)) + " " + to_string(shape) + " " +
                        name_of(copies) + (scaling == Scaling::given ? "" : ", current");
+    if (is_blocks()) text += std::string(", ") + std::string(octet::name_of(granularity));
     if (sums) text += ", column sums";
     if (counts) text += ", counters";
     if (captured != 0) text += inputs == 1 ? ", graph, warm" : ", graph, cold";
     return text;
   }
+  bool is_blocks() const { return granularity != Granularity::tensor; }
+  Shape turned() const { return {shape[1], octet::padded_rows(shape[0])}; }
   /// Each once: current scaling too wants its input read once.
   std::size_t bytes() const {
-    const std::size_t out = copies == Copies::both ? 2 : 1;
-    return static_cast<std::size_t>(shape.numel()) * (size_of(in) + out);
+    const auto scales = [this](const Shape& s) {
+      return is_blocks() ? octet::scale_bytes(granularity, s[0], s[1]) : 0;
+    };
+    std::int64_t bytes = shape.numel() * static_cast<std::int64_t>(size_of(in));
+    if (copies != Copies::transposed) bytes += shape.numel() + scales(shape);
+    if (copies != Copies::row) bytes += turned().numel() + scales(turned());
+    return static_cast<std::size_t>(bytes);
   }
 };
 
@@ -69,6 +81,13 @@ std::vector<Case> all_cases() {
   for (const Shape& shape : {large, middle, Shape{2048, 3072}}) {
     cases.push_back({.shape = shape, .scaling = Scaling::current});
   }
+  for (Granularity granularity : {Granularity::row_block, Granularity::tile, Granularity::mx}) {
+    for (Copies copies : {Copies::row, Copies::transposed, Copies::both}) {
+      cases.push_back(
+          {.shape = large, .copies = copies, .granularity = granularity, .target = 0.8});
+    }
+  }
+  cases.push_back({.shape = large, .granularity = Granularity::row_block, .sums = true});
   cases.push_back({.shape = small, .captured = 20, .target = 5.0});
   cases.push_back({.shape = small, .inputs = 40, .captured = 40, .target = 8.0});
   cases.push_back({.shape = small, .scaling = Scaling::current, .captured = 20});
@@ -79,7 +98,6 @@ std::vector<Case> all_cases() {
 class Model {
  public:
   Model(const octet::Context& ctx, const Case& c) : ctx_(ctx), case_(c) {
-    const Shape turned{c.shape[1], octet::padded_rows(c.shape[0])};
     const octet::Tensor wide(ctx, DType::f32, c.shape);
     for (int i = 0; i < c.inputs; ++i) {
       fill_random(wide, static_cast<std::uint32_t>(i));
@@ -87,7 +105,11 @@ class Model {
       octet::convert(ctx, {wide, nullptr}, inputs_.back());
       outputs_.emplace_back(ctx, DType::e4m3, c.shape);
       transposed_.push_back(c.copies == Copies::row ? octet::Tensor()
-                                                    : octet::Tensor(ctx, DType::e4m3, turned));
+                                                    : octet::Tensor(ctx, DType::e4m3, c.turned()));
+    }
+    if (c.is_blocks()) {
+      scales_ = scale_buffer(c.shape);
+      turned_scales_ = scale_buffer(c.turned());
     }
     if (c.sums) {
       sums_ = octet::Tensor(ctx, DType::f32, {octet::column_sum_rows(c.shape[0]), c.shape[1]});
@@ -98,6 +120,7 @@ class Model {
 
   void run() {
     const auto i = next_++ % inputs_.size();
+    if (case_.is_blocks()) return run_blocks(i);
     octet::QuantizeArgs args{.in = inputs_[i], .out = outputs_[i].view()};
     if (case_.copies == Copies::transposed) args.out.data.data = nullptr;
     args.transposed = transposed_[i].view();
@@ -108,6 +131,27 @@ class Model {
   }
 
  private:
+  octet::Buffer scale_buffer(const Shape& shape) const {
+    return {ctx_,
+            static_cast<std::size_t>(octet::scale_bytes(case_.granularity, shape[0], shape[1]))};
+  }
+
+  void run_blocks(std::size_t i) const {
+    octet::BlockQuantizeArgs args{.in = inputs_[i]};
+    if (case_.copies != Copies::transposed) {
+      args.out = {.data = outputs_[i].view().data,
+                  .granularity = case_.granularity,
+                  .scales = scales_.data()};
+    }
+    if (case_.copies != Copies::row) {
+      args.transposed = {.data = transposed_[i].view(),
+                         .granularity = case_.granularity,
+                         .scales = turned_scales_.data()};
+    }
+    args.column_sums = sums_.view();
+    octet::block_quantize(ctx_, args);
+  }
+
   /// Of one magnitude, so that a scale of 1 is a good one.
   void fill_random(const TensorView& out, std::uint32_t seed) const {
     std::vector<float> block(1 << 16);
@@ -131,7 +175,7 @@ class Model {
   std::vector<octet::Tensor> inputs_, transposed_;
   std::vector<octet::ScaledTensor> outputs_;
   octet::Tensor sums_;
-  octet::Buffer counters_;
+  octet::Buffer counters_, scales_, turned_scales_;
   std::size_t next_ = 0;
 };
 

@@ -72,7 +72,7 @@ BlockCast cast_of(const BlockQuantizeArgs& args) {
   cast.in = args.in.data;
   cast.rows = args.in.shape[0];
   cast.columns = args.in.shape[1];
-  cast.tiles_across = tiles_of(cast.columns);
+  cast.tiles_across = static_cast<unsigned>(tiles_of(cast.columns));
   cast.out = side_of(args.out);
   cast.transposed = side_of(args.transposed);
   cast.nonfinite = args.nonfinite;

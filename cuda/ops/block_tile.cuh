@@ -24,7 +24,8 @@ struct BlockSide {
 
 struct BlockCast {
   const void* in;
-  std::int64_t rows, columns, tiles_across;
+  std::int64_t rows, columns;
+  unsigned tiles_across;  // in 32 bits, because every thread divides by it
   BlockSide out, transposed;
   std::uint32_t* nonfinite;
   CastCounters* counters;
@@ -38,12 +39,20 @@ struct TileSpot {
   unsigned group, lane;
 
   __device__ explicit TileSpot(const BlockCast& cast)
-      : down(static_cast<unsigned>(blockIdx.x / cast.tiles_across)),
-        across(static_cast<unsigned>(blockIdx.x % cast.tiles_across)),
+      : down(blockIdx.x / cast.tiles_across),
+        across(blockIdx.x % cast.tiles_across),
         group(threadIdx.x % kTileGroups),
         lane(threadIdx.x / kTileGroups) {}
   __device__ std::int64_t row0() const { return std::int64_t{down} * kTileRows; }
   __device__ std::int64_t column0() const { return std::int64_t{across} * kTileColumns; }
+  /// Of the elements from the first of vector k on, those that a matrix of this size has.
+  __device__ int left(int k, std::int64_t rows, std::int64_t columns) const {
+    const auto inside = [](std::int64_t count) {
+      return static_cast<int>(min(count, std::int64_t{kTileRows}));
+    };
+    const bool exists = kLanes * k + static_cast<int>(lane) < inside(rows - row0());
+    return exists ? inside(columns - column0()) - 8 * static_cast<int>(group) : 0;
+  }
   __device__ std::int64_t row(int k) const { return row0() + kLanes * k + lane; }
   __device__ std::int64_t column() const { return column0() + 8 * group; }
 };
@@ -56,8 +65,8 @@ __device__ void load_tile(const BlockCast& cast, const TileSpot& spot, TileVecto
   const auto* in = static_cast<const typename In::Storage*>(cast.in);
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const std::int64_t left = spot.row(k) < cast.rows ? cast.columns - spot.column() : 0;
-    vectors[k] = load8<In>(in + spot.row(k) * cast.columns + spot.column(), left, cast.in_aligned);
+    vectors[k] = load8<In>(in + spot.row(k) * cast.columns + spot.column(),
+                           spot.left(k, cast.rows, cast.columns), cast.in_aligned);
   }
 }
 
@@ -117,9 +126,8 @@ __device__ Vector8<Out> cast_vector(const float (&x)[8], float factor, const Cas
 template <class Out>
 __device__ void store_row(const BlockCast& cast, const TileSpot& spot, int k,
                           const Vector8<Out>& codes) {
-  const std::int64_t left = spot.row(k) < cast.out.layout.rows ? cast.columns - spot.column() : 0;
-  store8<Out>(cast.out.data + spot.row(k) * cast.columns + spot.column(), codes, left,
-              cast.out.aligned);
+  store8<Out>(cast.out.data + spot.row(k) * cast.columns + spot.column(), codes,
+              spot.left(k, cast.out.layout.rows, cast.columns), cast.out.aligned);
 }
 
 __device__ inline void store_turned(const BlockCast& cast, const TileSpot& spot,
