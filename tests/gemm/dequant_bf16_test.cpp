@@ -108,7 +108,7 @@ TEST_CASE("dequant_bf16: answers name bytes, the inner backend and what is in th
   support = backend->query(p, {});
   CHECK(support.workspace_bytes == 2048 + 2560 + 256 + 1024);
   CHECK(support.converted_bytes == 3 * (7 + 9) * 140 + 2 * 16 * 4 + 4 + 10 + 2 * 4 * 7 * 9);
-  p.a = DType::bf16;  // an operand that is BF16 already moves nothing
+  p.a = DType::bf16, p.a_scales = Granularity::tensor;  // what is BF16 already moves nothing
   support = backend->query(p, {});
   CHECK(support.workspace_bytes == 2560 + 256 + 1024);
   CHECK(support.converted_bytes == 3 * 9 * 140 + 4 + 10 + 2 * 4 * 7 * 9);

@@ -3,6 +3,7 @@
 #include "octet/gemm/epilogue.hpp"
 
 #include "gemm/cases.hpp"
+#include "octet/gemm/detail/epilogue_math.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/errors.hpp"
@@ -134,6 +135,18 @@ TEST_CASE("apply_epilogue: sums that are D itself, and pointers that are not ali
       CHECK(std::abs(static_cast<double>(got[i]) - wanted) <= 1e-6 * std::abs(wanted));
     }
   }
+}
+
+TEST_CASE("exp(-y) is within 2 units in the last place, subnormals included") {
+  for (int i = 0; i <= 110 * 512; ++i) {
+    const float y = static_cast<float>(i) / 512.0f;
+    const double wanted = std::exp(-static_cast<double>(y));
+    const double unit = std::max(std::ldexp(1.0, std::ilogb(wanted) - 23), std::ldexp(1.0, -149));
+    INFO("y = " << y);
+    REQUIRE(std::abs(static_cast<double>(detail::exp_minus(y)) - wanted) <= 2 * unit);
+  }
+  CHECK(detail::exp_minus(INFINITY) == 0.0f);
+  CHECK(std::isnan(detail::exp_minus(NAN)));
 }
 
 TEST_CASE("apply_epilogue: gelu and its derivative over their whole range") {
