@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "octet/nn/linear.hpp"
 
-#include <algorithm>
-#include <array>
-#include <span>
-
 #include "linear_impl.hpp"
 
 namespace octet {
@@ -21,9 +17,8 @@ Linear::Impl::Impl(GemmRegistry& registry, const LinearConfig& c)
       config(c),
       format(c.format.value_or(default_format(c.recipe))) {
   check_linear_config(c);
-  const std::size_t products = choose_routes();
-  ctx.reserve_workspace(std::max(forward_bytes(), backward_bytes()) + products);
   allocate();
+  choose_routes();
 }
 
 void Linear::forward(const LinearForward& args) {
@@ -51,7 +46,8 @@ void Linear::forward(const LinearForward& args) {
 
 void Linear::backward(const LinearBackward& args) {
   Impl& impl = *impl_;
-  impl.check(args);
+  require(impl.tokens >= 0, "Linear: backward was called before any forward that saves");
+  impl.check(args, impl.tokens);
   if (args.dx.empty() && args.dw.data.empty() && args.dbias.empty()) return;
   WorkspaceScope scope(impl.ctx);
   const bool needs_gelu = impl.config.gelu && !args.dy_of_pre_activation && args.dy.numel() > 0;
@@ -66,6 +62,12 @@ void Linear::backward(const LinearBackward& args) {
     impl.multiply(gradient.rows, w, impl.config.out_features, args.dx, epilogue);
   }
   if (!args.dw.data.empty()) impl.multiply_dw(gradient.columns, args.dw, args.accumulate, scope);
+}
+
+void Linear::prepare(const LinearForward& forward, const LinearBackward& backward) {
+  impl_->check(forward);
+  impl_->check(backward, forward.x.shape[0]);
+  impl_->prepare(forward, backward);
 }
 
 TensorView Linear::pre_activation() const {

@@ -79,10 +79,9 @@ void Linear::Impl::check(const LinearForward& args) const {
   check("y", args.y, {count, config.out_features}, kStored);
 }
 
-void Linear::Impl::check(const LinearBackward& args) const {
+void Linear::Impl::check(const LinearBackward& args, std::int64_t count) const {
   const std::int64_t k = config.in_features, n = config.out_features;
-  require(tokens >= 0, "Linear: backward was called before any forward that saves");
-  check("dy", args.dy, {tokens, n}, kWide);
+  check("dy", args.dy, {count, n}, kWide);
   check_weight(args.weight);
   if (!args.weight_transposed.empty()) {
     require(config.fp8 && config.weight_dtype == DType::e4m3,
@@ -93,10 +92,10 @@ void Linear::Impl::check(const LinearBackward& args) const {
   }
   require(config.gelu || !args.dy_of_pre_activation,
           "Linear: dy_of_pre_activation is for a configuration with gelu");
-  if (!args.dx.empty()) check("dx", args.dx, {tokens, k}, kStored);
+  if (!args.dx.empty()) check("dx", args.dx, {count, k}, kStored);
   if (!args.input_pre_activation.empty()) {
     require(!args.dx.empty(), "Linear: input_pre_activation is given, but no dx");
-    check("input_pre_activation", args.input_pre_activation, {tokens, k}, {DType::bf16});
+    check("input_pre_activation", args.input_pre_activation, {count, k}, {DType::bf16});
   }
   if (!args.dw.data.empty()) {
     check("dw", args.dw.data, {n, k}, {DType::f32, DType::bf16, DType::e4m3});

@@ -77,7 +77,7 @@ struct Linear::Impl {
              std::initializer_list<DType> allowed) const;
   void check_weight(const ScaledView& weight) const;
   void check(const LinearForward& args) const;
-  void check(const LinearBackward& args) const;
+  void check(const LinearBackward& args, std::int64_t count) const;
 
   // linear_casts.cpp
   void allocate();
@@ -115,22 +115,29 @@ struct Linear::Impl {
   struct Sizes {
     std::int64_t m, n, k;
   };
+  struct Product {
+    GemmProblem problem;
+    bool can_pad;  ///< A has rows of zeros after its last, up to a multiple of 16
+  };
   /// How a product is run: as it is asked for, or by a GEMM of more rows or without the epilogue.
   struct Route {
     bool padded = false;    ///< m rounded up to a multiple of 16, into scratch
     bool stepwise = false;  ///< sums into FP32 scratch, then the epilogue as a step of its own
     std::size_t bytes = 0;  ///< of scratch, that of the GEMM included
   };
-  /// Of problems whose A has no rows to pad m with, and of those whose A has.
+  /// Of products that cannot pad, and of those that can.
   std::unordered_map<GemmProblem, Route, GemmProblemHash> routes[2];
   GemmProblem problem_of(const LinearOperand& a, const LinearOperand& b, const Sizes& sizes,
                          DType d, const LinearEpilogue& epilogue) const;
   GemmProblem routed(const GemmProblem& problem, const Route& route) const;
-  const Route& route_of(const GemmProblem& problem, bool can_pad);
-  Route find_route(const GemmProblem& problem, bool can_pad) const;
-  /// Chooses for every product that a call may ask for; the most scratch that one takes.
-  std::size_t choose_routes();
-  void run(const GemmProblem& problem, const GemmArgs& args, bool can_pad);
+  const Route& route_of(const Product& product);
+  Route find_route(const Product& product) const;
+  std::vector<Product> products_of(const LinearForward& forward,
+                                   const LinearBackward& backward) const;
+  void choose_routes();
+  void prepare(const LinearForward& forward, const LinearBackward& backward);
+  void reserve(std::size_t product_bytes);
+  void run(const Product& product, const GemmArgs& args);
   void multiply(const LinearOperand& a, const LinearOperand& b, std::int64_t k,
                 const TensorView& out, const LinearEpilogue& epilogue = {});
   void multiply_dw(const LinearOperand& dy, const ScaledView& dw, bool accumulate,

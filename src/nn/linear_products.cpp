@@ -59,7 +59,8 @@ GemmProblem Linear::Impl::routed(const GemmProblem& problem, const Route& route)
 
 /// The first of these that a backend does without conversions, else the first that one does at all:
 /// the problem as it is, one with further rows, one whose epilogue is a step of its own, both.
-Linear::Impl::Route Linear::Impl::find_route(const GemmProblem& problem, bool can_pad) const {
+Linear::Impl::Route Linear::Impl::find_route(const Product& product) const {
+  const auto& [problem, can_pad] = product;
   const bool has_epilogue =
       problem.accumulate || problem.bias || problem.activation != Activation::none;
   std::vector<Route> candidates = {{}};
@@ -86,59 +87,99 @@ Linear::Impl::Route Linear::Impl::find_route(const GemmProblem& problem, bool ca
   fail("Linear: no backend can run ", problem, "; asked were\n", report);
 }
 
-const Linear::Impl::Route& Linear::Impl::route_of(const GemmProblem& problem, bool can_pad) {
-  auto& known = routes[can_pad ? 1 : 0];
-  auto found = known.find(problem);
-  if (found == known.end()) found = known.emplace(problem, find_route(problem, can_pad)).first;
+const Linear::Impl::Route& Linear::Impl::route_of(const Product& product) {
+  auto& known = routes[product.can_pad ? 1 : 0];
+  auto found = known.find(product.problem);
+  if (found == known.end()) found = known.emplace(product.problem, find_route(product)).first;
   return found->second;
 }
 
-std::size_t Linear::Impl::choose_routes() {
-  const std::int64_t k = config.in_features, n = config.out_features;
+/// The products of two calls, of which shapes, dtypes and what is given at all count.
+std::vector<Linear::Impl::Product> Linear::Impl::products_of(const LinearForward& forward,
+                                                             const LinearBackward& backward) const {
+  const std::int64_t t = forward.x.shape[0], k = config.in_features, n = config.out_features;
+  const std::int64_t summed = config.fp8 ? padded_rows(t) : t;
   const Granularity x = x_granularity(), w = w_granularity();
   const DType dtype = operand_dtype();
-  const bool bf16 = !config.fp8;
-  std::size_t bytes = 0;
-  const auto choose = [&](const LinearOperand& a, const LinearOperand& b, const Sizes& sizes,
-                          LinearEpilogue epilogue) {
+  std::vector<Product> list;
+  const auto add = [&](const LinearOperand& a, const LinearOperand& b, const Sizes& sizes, DType d,
+                       const LinearEpilogue& epilogue) {
     if (sizes.m == 0 || sizes.n == 0 || sizes.k == 0) return;
-    for (DType d : {DType::f32, DType::bf16}) {
-      const GemmProblem problem = problem_of(a, b, sizes, d, epilogue);
-      bytes = std::max(bytes, route_of(problem, can_pad(a, sizes.m)).bytes);
-    }
+    list.push_back({problem_of(a, b, sizes, d, epilogue), can_pad(a, sizes.m)});
+  };
+  void* const given = scales.data();  // any pointer that is not null
+  add(shape_of(dtype, {cut_rows(t), k}, x), shape_of(dtype, {n, k}, w), {t, n, k}, forward.y.dtype,
+      {.bias = config.bias ? given : nullptr,
+       .activation = config.gelu ? Activation::gelu : Activation::none,
+       .aux = config.gelu && forward.save_for_backward ? given : nullptr});
+  if (!backward.dx.empty()) {
+    const bool dgelu = !backward.input_pre_activation.empty();
+    add(shape_of(dy_dtype(), {cut_rows(t), n}, x),
+        config.fp8 ? shape_of(dtype, {k, padded_rows(n)}, w) : shape_of(dtype, {n, k}, w, true),
+        {t, k, n}, backward.dx.dtype,
+        {.activation = dgelu ? Activation::dgelu : Activation::none,
+         .aux = dgelu ? given : nullptr});
+  }
+  const LinearOperand dy_columns =
+      config.fp8 ? shape_of(dy_dtype(), {n, summed}, x) : shape_of(dtype, {t, n}, x, true);
+  const LinearEpilogue sum{.accumulate = backward.accumulate};
+  if (!backward.dw.data.empty()) {
+    const DType d = backward.dw.data.dtype;
+    add(dy_columns, config.fp8 ? shape_of(dtype, {k, summed}, x) : shape_of(dtype, {t, k}, x, true),
+        {n, k, summed}, d == DType::e4m3 ? DType::bf16 : d, sum);
+  }
+  if (!backward.dbias.empty() && !config.fp8) {
+    add(shape_of(dtype, {1, t}, x), dy_columns, {1, n, t}, backward.dbias.dtype, sum);
+  }
+  return list;
+}
+
+/// Chooses for every product that a call may ask for, and reserves for the one that takes most.
+void Linear::Impl::choose_routes() {
+  std::size_t bytes = 0;
+  const auto view = [&](DType dtype, Shape shape) {
+    return TensorView{scales.data(), dtype, shape, ctx.device()};
   };
   // A token count that is odd may take another route.
   for (std::int64_t t : {config.max_tokens, config.max_tokens - 1}) {
     if (t < 1) continue;
-    const std::int64_t summed = config.fp8 ? padded_rows(t) : t;
-    LinearEpilogue forward{.activation = config.gelu ? Activation::gelu : Activation::none};
-    forward.bias = config.bias ? this : nullptr;
-    for (void* aux : {static_cast<void*>(nullptr), static_cast<void*>(this)}) {
-      if (aux != nullptr && !config.gelu) continue;
-      forward.aux = aux;
-      choose(shape_of(dtype, {cut_rows(t), k}, x), shape_of(dtype, {n, k}, w), {t, n, k}, forward);
-    }
-    const LinearOperand dy = shape_of(dy_dtype(), {cut_rows(t), n}, x);
-    const LinearOperand w_columns =
-        bf16 ? shape_of(dtype, {n, k}, w, true) : shape_of(dtype, {k, padded_rows(n)}, w);
-    choose(dy, w_columns, {t, k, n}, {});
-    choose(dy, w_columns, {t, k, n}, {.activation = Activation::dgelu, .aux = this});
-    const LinearOperand dy_columns =
-        bf16 ? shape_of(dtype, {t, n}, x, true) : shape_of(dy_dtype(), {n, summed}, x);
-    const LinearOperand x_columns =
-        bf16 ? shape_of(dtype, {t, k}, x, true) : shape_of(dtype, {k, summed}, x);
-    for (bool accumulate : {false, true}) {
-      choose(dy_columns, x_columns, {n, k, summed}, {.accumulate = accumulate});
-      if (bf16)
-        choose(shape_of(dtype, {1, t}, x), dy_columns, {1, n, t}, {.accumulate = accumulate});
+    for (DType d : {DType::f32, DType::bf16}) {
+      for (bool more : {false, true}) {
+        const LinearForward forward{
+            .x = view(d, {t, 1}), .y = view(d, {}), .save_for_backward = more};
+        LinearBackward backward{.dx = view(d, {}),
+                                .dw = {view(d, {}), nullptr},
+                                .dbias = view(d, {}),
+                                .accumulate = more};
+        if (more) backward.input_pre_activation = backward.dx;
+        for (const Product& product : products_of(forward, backward)) {
+          bytes = std::max(bytes, route_of(product).bytes);
+        }
+      }
     }
   }
-  return bytes;
+  reserve(bytes);
 }
 
-void Linear::Impl::run(const GemmProblem& problem, const GemmArgs& args, bool rows_can_pad) {
+void Linear::Impl::reserve(std::size_t product_bytes) {
+  ctx.reserve_workspace(std::max(forward_bytes(), backward_bytes()) + product_bytes);
+}
+
+void Linear::Impl::prepare(const LinearForward& forward, const LinearBackward& backward) {
+  std::size_t bytes = 0;
+  for (const Product& product : products_of(forward, backward)) {
+    gemms.prepare(routed(product.problem, route_of(product)));
+    // Another backend may have turned out to be the fastest, with scratch of its own.
+    routes[product.can_pad ? 1 : 0].erase(product.problem);
+    bytes = std::max(bytes, route_of(product).bytes);
+  }
+  reserve(bytes);
+}
+
+void Linear::Impl::run(const Product& product, const GemmArgs& args) {
+  const GemmProblem& problem = product.problem;
   if (problem.m == 0 || problem.n == 0 || problem.k == 0) return gemms.run(problem, args);
-  const Route& route = route_of(problem, rows_can_pad);
+  const Route& route = route_of(product);
   if (!route.padded && !route.stepwise) return gemms.run(problem, args);
   WorkspaceScope scope(ctx);
   const GemmProblem inner = routed(problem, route);
@@ -159,15 +200,13 @@ void Linear::Impl::run(const GemmProblem& problem, const GemmArgs& args, bool ro
 void Linear::Impl::multiply(const LinearOperand& a, const LinearOperand& b, std::int64_t k,
                             const TensorView& out, const LinearEpilogue& epilogue) {
   const Sizes sizes{out.shape[0], out.shape[1], k};
-  run(problem_of(a, b, sizes, out.dtype, epilogue),
-      {.a = a.data.data,
-       .a_scales = a.scales,
-       .b = b.data.data,
-       .b_scales = b.scales,
-       .d = out.data,
-       .bias = epilogue.bias,
-       .aux = epilogue.aux},
-      can_pad(a, sizes.m));
+  run({problem_of(a, b, sizes, out.dtype, epilogue), can_pad(a, sizes.m)}, {.a = a.data.data,
+                                                                            .a_scales = a.scales,
+                                                                            .b = b.data.data,
+                                                                            .b_scales = b.scales,
+                                                                            .d = out.data,
+                                                                            .bias = epilogue.bias,
+                                                                            .aux = epilogue.aux});
 }
 
 void Linear::Impl::multiply_dw(const LinearOperand& dy, const ScaledView& dw, bool accumulate,

@@ -60,7 +60,7 @@ class Graph {
 /// One linear layer and a vector, trained on a fixed batch.
 class Trainer {
  public:
-  Trainer(const Context& ctx, Level level)
+  Trainer(const Context& ctx, Level level, Fp8Recipe recipe)
       : ctx_(ctx),
         comm_(make_single(ctx)),
         gemms_(ctx),
@@ -70,6 +70,7 @@ class Trainer {
         init_(upload(ctx, normal_values(kIn * kOut, 3, 0.02f))),
         y_(ctx, DType::f32, {kTokens, kOut}),
         dw_(ctx, DType::f32, {kOut, kIn}),
+        dbias_(ctx, DType::f32, {kOut}),
         lr_(ctx, sizeof(float)) {
     weight_ = engine_.add({.name = "w",
                            .shape = {kOut, kIn},
@@ -78,25 +79,32 @@ class Trainer {
     bias_ = engine_.add(
         {.name = "b", .shape = {kOut}, .init = view_of(ctx, init_, DType::f32, {kOut})});
     engine_.freeze();
-    linear_ = std::make_unique<Linear>(
-        gemms_, LinearConfig{.in_features = kIn,
-                             .out_features = kOut,
-                             .max_tokens = kTokens,
-                             .fp8 = is_fp8(engine_.weight(weight_).data.dtype),
-                             .weight_dtype = engine_.weight(weight_).data.dtype,
-                             .nonfinite = engine_.nonfinite_flag()});
+    const DType weight = engine_.weight(weight_).data.dtype;
+    linear_ = std::make_unique<Linear>(gemms_, LinearConfig{.in_features = kIn,
+                                                            .out_features = kOut,
+                                                            .max_tokens = kTokens,
+                                                            .fp8 = is_fp8(weight),
+                                                            .recipe = recipe,
+                                                            .weight_dtype = weight,
+                                                            .bias = true,
+                                                            .gelu = true,
+                                                            .nonfinite = engine_.nonfinite_flag()});
   }
 
   void set_rate(float rate) { write_one(ctx_, lr_.data(), rate); }
 
   void enqueue_step() {
     const ScaledView w = engine_.weight(weight_);
-    linear_->forward({.x = view_of(ctx_, x_, DType::f32, {kTokens, kIn}), .weight = w, .y = y_});
+    linear_->forward({.x = view_of(ctx_, x_, DType::f32, {kTokens, kIn}),
+                      .weight = w,
+                      .bias = engine_.weight(bias_).data,
+                      .y = y_});
     linear_->backward({.dy = view_of(ctx_, dy_, DType::f32, {kTokens, kOut}),
                        .weight = w,
-                       .dw = {dw_.view(), nullptr}});
+                       .dw = {dw_.view(), nullptr},
+                       .dbias = dbias_});
     engine_.add_gradient(weight_, dw_);
-    engine_.add_gradient(bias_, view_of(ctx_, dy_, DType::f32, {kOut}));
+    engine_.add_gradient(bias_, dbias_);
     engine_.step({.lr = 0.0f, .lr_device = lr_.as<const float>(), .max_norm = 1.0f});
   }
 
@@ -121,22 +129,22 @@ class Trainer {
   GemmRegistry gemms_;
   Engine engine_;
   Buffer x_, dy_, init_;
-  Tensor y_, dw_;
+  Tensor y_, dw_, dbias_;
   Buffer lr_;
   ParamId weight_, bias_;
   std::unique_ptr<Linear> linear_;
 };
 
-void check_replay(Level level) {
+void check_replay(Level level, Fp8Recipe recipe) {
   const Stream stream;
   const Context ctx = Context::cuda(0, stream.get());
-  Trainer eager(ctx, level);
+  Trainer eager(ctx, level, recipe);
   for (float rate : kRates) {
     eager.set_rate(rate);
     eager.enqueue_step();
   }
 
-  Trainer captured(ctx, level);
+  Trainer captured(ctx, level, recipe);
   captured.set_rate(kRates[0]);
   captured.enqueue_step();  // plans of GEMMs are made at their first call
   ctx.synchronize();
@@ -220,7 +228,11 @@ TEST_CASE("a captured step replays with the bits of the eager one") {
   }
   for (Level level : {Level::O0, Level::O1, Level::O2}) {
     CAPTURE(name_of(level));
-    check_replay(level);
+    check_replay(level, Fp8Recipe::tensorwise);
+  }
+  for (Fp8Recipe recipe : {Fp8Recipe::delayed, Fp8Recipe::blockwise, Fp8Recipe::mxfp8}) {
+    CAPTURE(name_of(recipe));
+    check_replay(Level::O2, recipe);
   }
 }
 

