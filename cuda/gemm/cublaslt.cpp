@@ -6,8 +6,8 @@
 #include "cuda/check.hpp"
 #include "cuda/gemm/cublaslt_plan.hpp"
 #include "cuda/runtime/runtime.hpp"
-#include "gemm/cublaslt_rules.hpp"
 #include "octet/gemm/cublaslt.hpp"
+#include "octet/gemm/detail/cublaslt_rules.hpp"
 #include "octet/gemm/epilogue.hpp"
 #include "octet/runtime/tensor.hpp"
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <span>
 
-#include "gemm/problem.hpp"
+#include "octet/gemm/detail/strides.hpp"
 
 namespace octet::detail::cuda {
 namespace {

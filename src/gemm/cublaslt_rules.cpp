@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // In the library's terms D^T [n, m] = B A^T: what it calls m is our n, and the other way round.
-#include "gemm/cublaslt_rules.hpp"
 
 #include <algorithm>
 #include <limits>
 #include <sstream>
 
-#include "gemm/problem.hpp"
 #include "octet/gemm/cublaslt.hpp"
+#include "octet/gemm/detail/cublaslt_rules.hpp"
+#include "octet/gemm/detail/strides.hpp"
 
 namespace octet {
 namespace {

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "gemm/problem_rules.hpp"
+#include "octet/gemm/detail/strides.hpp"
 #include "overlap.hpp"
 
 namespace octet {

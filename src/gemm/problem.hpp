@@ -12,13 +12,4 @@ void check_problem(const GemmProblem& problem);
 /// where something else is read.
 void check_args(const GemmProblem& problem, const GemmArgs& args);
 
-/// Elements from one stored row to the next.
-inline std::int64_t row_stride_a(const GemmProblem& p) {
-  return p.lda != 0 ? p.lda : p.a_transposed ? p.m : p.k;
-}
-inline std::int64_t row_stride_b(const GemmProblem& p) {
-  return p.ldb != 0 ? p.ldb : p.b_transposed ? p.n : p.k;
-}
-inline std::int64_t row_stride_d(const GemmProblem& p) { return p.ldd != 0 ? p.ldd : p.n; }
-
 }  // namespace octet::detail

@@ -6,7 +6,7 @@
 #include <limits>
 #include <random>
 
-#include "gemm/problem.hpp"
+#include "octet/gemm/detail/strides.hpp"
 
 namespace octet::detail {
 namespace {
