@@ -30,6 +30,7 @@ struct BlockCast {
   std::uint32_t* nonfinite;
   CastCounters* counters;
   float* column_sums;
+  unsigned ahead;  // how many tiles after its own a block prefetches
   bool in_aligned;
 };
 
@@ -70,11 +71,20 @@ __device__ void load_tile(const BlockCast& cast, const TileSpot& spot, TileVecto
   }
 }
 
-__device__ inline std::uint32_t largest_of(const float (&x)[8]) {
-  std::uint32_t largest = 0;
-#pragma unroll
-  for (float value : x) largest = max(largest, magnitude_bits(value));
-  return largest;
+/// Asks for the lines of a tile that a block which is yet to start will read: memory is busy while
+/// the blocks that run compute.
+template <class In>
+__device__ void prefetch_tile(const BlockCast& cast, unsigned tile) {
+  constexpr int kInLine = 128 / sizeof(typename In::Storage), kLines = kTileColumns / kInLine;
+  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kLines; i += kTileThreads) {
+    const std::int64_t row = std::int64_t{tile / cast.tiles_across} * kTileRows + i / kLines;
+    const std::int64_t column =
+        std::int64_t{tile % cast.tiles_across} * kTileColumns + i % kLines * kInLine;
+    if (row >= cast.rows || column >= cast.columns) continue;
+    const auto* line =
+        static_cast<const typename In::Storage*>(cast.in) + row * cast.columns + column;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+  }
 }
 
 template <class In>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #include "cuda/device/byte_tile.cuh"
 #include "cuda/device/reduce.cuh"
@@ -28,12 +29,14 @@ struct Cast {
   const void* in;
   std::uint8_t *out, *transposed;  // either may be null
   std::int64_t rows, columns, pitch;
-  std::int64_t tiles_across;
+  unsigned tiles_across;  // in 32 bits, because every thread divides by it
   TensorScale* scale;
   std::uint32_t* nonfinite;
   CastCounters* counters;
   float* column_sums;
-  bool given;  // the scale stays, its amax is raised
+  unsigned tiles;  // of the tensor, or pieces of as many elements in a row
+  int staged;      // of those that a block measures it keeps so many in shared memory
+  bool given;      // the scale stays, its amax is raised
   bool in_aligned, out_aligned, transposed_aligned;
 };
 
@@ -41,10 +44,18 @@ OCTET_HD inline std::uint32_t* amax_word(TensorScale* scale) {
   return reinterpret_cast<std::uint32_t*>(&scale->amax);
 }
 
+__device__ inline std::uint32_t largest_of(const float (&x)[8]) {
+  std::uint32_t largest = 0;
+#pragma unroll
+  for (float value : x) largest = max(largest, magnitude_bits(value));
+  return largest;
+}
+
 /// The vectors of a thread: loaded, measured, cast.
 template <class In, class Out>
 class Vectors {
  public:
+  static constexpr DType kOut = Out::kDType;
   /// Of a vector, counted from the first of a thread, where it is in the tensor and how many of its
   /// elements exist.
   struct Place {
@@ -61,14 +72,63 @@ class Vectors {
       vectors_[k] = load8<In>(in + place.at, place.left, cast.in_aligned);
     }
   }
+  /// Into slot i of the block's memory for vectors, without a wait: copies_done() is that. Each
+  /// thread has words of its own there.
+  template <class PlaceOf>
+  __device__ static void stage(const Cast& cast, uint4* memory, int slot, const PlaceOf& place_of) {
+    const auto* in = static_cast<const typename In::Storage*>(cast.in);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const Place place = place_of(k);
+      const bool whole = cast.in_aligned && place.left >= 8;
+      Vector8<In> vector;
+      if (!whole) vector = load8<In>(in + place.at, place.left, cast.in_aligned);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        uint4* const to = memory + word_of(slot, k, w);
+        if (whole) {
+          __pipeline_memcpy_async(to, reinterpret_cast<const uint4*>(in + place.at) + w,
+                                  sizeof(uint4));
+        } else {
+          const std::uint32_t* word = vector.word + 4 * w;
+          *to = {word[0], word[1], word[2], word[3]};
+        }
+      }
+    }
+    __pipeline_commit();
+  }
+  __device__ static void copies_done() { __pipeline_wait_prior(0); }
+  __device__ void unstage(const uint4* memory, int slot) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const uint4 words = memory[word_of(slot, k, w)];
+        std::uint32_t* const word = vectors_[k].word + 4 * w;
+        word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
+      }
+    }
+  }
+  /// Asks for the lines of vectors that are to be loaded soon.
+  template <class PlaceOf>
+  __device__ static void prefetch(const Cast& cast, const PlaceOf& place_of) {
+    constexpr unsigned kInLine = 128 / sizeof(Vector8<In>);
+    if (threadIdx.x % kInLine != 0) return;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const Place place = place_of(k);
+      if (place.left <= 0) continue;
+      const auto* line = static_cast<const typename In::Storage*>(cast.in) + place.at;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+  }
   __device__ std::uint32_t largest() const {
     std::uint32_t largest = 0;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       float x[8];
       decode8<In>(vectors_[k], x);
-#pragma unroll
-      for (float value : x) largest = max(largest, magnitude_bits(value));
+      largest = max(largest, largest_of(x));
     }
     return largest;
   }
@@ -86,14 +146,17 @@ class Vectors {
   }
 
  private:
+  static constexpr int kWords = sizeof(Vector8<In>) / sizeof(uint4);
+  __device__ static int word_of(int slot, int k, int w) {
+    return ((slot * kVectors + k) * kWords + w) * kThreads + static_cast<int>(threadIdx.x);
+  }
+
   Vector8<In> vectors_[kVectors];
 };
 
-/// The scale of a cast. With current scaling it follows from the measured amax, and every block
-/// works it out for itself; where amax is not finite nobody writes the old scale, so it can be
-/// read.
+/// The scale that follows from the measured amax. Every block works it out for itself; where amax
+/// is not finite nobody writes the old scale, so it can be read.
 __device__ inline float scale_of(const Cast& cast, DType dtype) {
-  if (cast.given) return cast.scale->scale;
   const float amax = __ldcg(&cast.scale->amax);
   TensorScale old;
   const bool is_finite = is_finite_bits(magnitude_bits(amax));
@@ -163,12 +226,53 @@ __device__ void store_column_sums(float (*lanes)[8 * Groups], const float (&mine
   if (column < kColumns && column < columns) out[column] = unscaled(lanes[0][column], 1.0f);
 }
 
-/// Measures while the vectors are in registers, so that the input is read once; all blocks must run
-/// at once. amax must hold 0.
-template <class V>
-__device__ void measure(const Cast& cast, const V& vectors) {
-  block_atomic_max(vectors.largest(), amax_word(cast.scale));
+/// What a block does with its tiles: place_of(tile) says where the vectors of a thread are,
+/// cast_tile(vectors, tile, scale) does the rest. One whose scale is given, or measured by a kernel
+/// before this one, has one tile. One that measures has every gridDim.x-th: it measures them all,
+/// waits for the other blocks (all must run at once) and casts them. It reads a second time what
+/// neither its registers nor its shared memory have kept. amax must hold 0 then. `word` is in
+/// shared memory.
+template <bool Measures, class V, class PlaceOf, class CastTile>
+__device__ void cast_all(const Cast& cast, std::uint32_t& word, const PlaceOf& place_of,
+                         const CastTile& cast_tile) {
+  V vectors;
+  if constexpr (!Measures) {
+    // After a pass over the input from its end on, because that is in the cache.
+    const unsigned tile = cast.given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    vectors.load(cast, place_of(tile));
+    cast_tile(vectors, tile, scale_of(cast, V::kOut));
+    return;
+  }
+  extern __shared__ uint4 memory[];
+  const auto tile_of = [](int i) { return blockIdx.x + static_cast<unsigned>(i) * gridDim.x; };
+  const int last = static_cast<int>((cast.tiles - 1 - blockIdx.x) / gridDim.x);
+  const int staged = min(cast.staged, last);
+  for (int i = 0; i < staged; ++i) V::stage(cast, memory, i, place_of(tile_of(i)));
+  std::uint32_t largest = 0;
+  for (int i = staged; i <= last; ++i) {
+    vectors.load(cast, place_of(tile_of(i)));
+    if (i < last) V::prefetch(cast, place_of(tile_of(i + 1)));
+    largest = max(largest, vectors.largest());
+  }
+  V::copies_done();
+  for (int i = 0; i < staged; ++i) {
+    V kept;
+    kept.unstage(memory, i);
+    largest = max(largest, kept.largest());
+  }
+  block_atomic_max(largest, amax_word(cast.scale), word);
   cooperative_groups::this_grid().sync();
+  const float scale = scale_of(cast, V::kOut);
+  cast_tile(vectors, tile_of(last), scale);
+  for (int i = last - 1; i >= 0; --i) {
+    if (i < staged) {
+      vectors.unstage(memory, i);
+    } else {
+      vectors.load(cast, place_of(tile_of(i)));
+      if (i > staged) V::prefetch(cast, place_of(tile_of(i - 1)));
+    }
+    cast_tile(vectors, tile_of(i), scale);
+  }
 }
 
 }  // namespace octet::detail::cuda::casts

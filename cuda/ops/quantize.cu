@@ -12,11 +12,6 @@ namespace {
 
 using namespace casts;
 
-/// After a pass over the input from its end on, because that is in the cache.
-__device__ std::int64_t block_of(const Cast& cast) {
-  return cast.given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-}
-
 /// Blocks of a multiprocessor that `Vectors` leave room for.
 constexpr int kBlocksPerSm = 4;
 
@@ -25,28 +20,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     cast_rows_kernel(const __grid_constant__ Cast cast) {
   using V = Vectors<In, Out>;
   if constexpr (!Measures) begin_dependent();
-  const std::int64_t block = block_of(cast);
-  const auto place_of = [&](int k) -> typename V::Place {
-    const std::int64_t at = block * kBlockElements + (std::int64_t{k} * kThreads + threadIdx.x) * 8;
-    return {at, cast.rows - at};
-  };
-  V vectors;
-  vectors.load(cast, place_of);
-  if constexpr (Measures) measure(cast, vectors);
-  const float scale = scale_of(cast, Out::kDType);
   Counts counts;
   std::uint32_t largest = 0;
-  vectors.cast(scale,
-               [&](int k, const float(&x)[8], const float(&scaled)[8], const Vector8<Out>& codes) {
-                 const auto place = place_of(k);
-                 if (place.left > 0)
-                   store8<Out>(cast.out + place.at, codes, place.left, cast.out_aligned);
-                 if (cast.counters != nullptr) counts.add<Out>(x, scaled, codes);
-                 if constexpr (!Measures) {
-#pragma unroll
-                   for (float value : x) largest = max(largest, magnitude_bits(value));
-                 }
-               });
+  const auto place_of = [&](unsigned tile) {
+    const std::int64_t first = tile * kBlockElements + std::int64_t{threadIdx.x} * 8;
+    return [&cast, first](int k) -> typename V::Place {
+      const std::int64_t at = first + k * kThreads * 8;
+      return {at, cast.rows - at};
+    };
+  };
+  const auto cast_tile = [&](const V& vectors, unsigned tile, float scale) {
+    const auto place_of_vector = place_of(tile);
+    vectors.cast(
+        scale, [&](int k, const float(&x)[8], const float(&scaled)[8], const Vector8<Out>& codes) {
+          const auto place = place_of_vector(k);
+          if (place.left > 0) store8<Out>(cast.out + place.at, codes, place.left, cast.out_aligned);
+          if (cast.counters != nullptr) counts.add<Out>(x, scaled, codes);
+          if constexpr (!Measures) largest = max(largest, largest_of(x));
+        });
+  };
+  __shared__ std::uint32_t word;
+  cast_all<Measures, V>(cast, word, place_of, cast_tile);
   if (cast.given) record_amax(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
 }
@@ -58,52 +52,58 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ union {
     Tile tile;
     float lanes[kLanes][Tile::kColumns];
+    std::uint32_t word;
   } shared;
   if constexpr (!Measures) begin_dependent();
-  const std::int64_t block = block_of(cast);
-  const std::int64_t row0 = block / cast.tiles_across * kTileRows;
-  const std::int64_t column0 = block % cast.tiles_across * Tile::kColumns;
-  const unsigned group = threadIdx.x % kGroups, lane = threadIdx.x / kGroups;
-  const std::int64_t column = column0 + 8 * group;
-  const auto place_of = [&](int k) -> typename V::Place {
-    const std::int64_t row = row0 + kLanes * k + lane;
-    return {row * cast.columns + column, row < cast.rows ? cast.columns - column : 0};
-  };
-  V vectors;
-  vectors.load(cast, place_of);
-  if constexpr (Measures) measure(cast, vectors);
-  const float scale = scale_of(cast, Out::kDType);
   Counts counts;
   std::uint32_t largest = 0;
-  float sums[8] = {};
-  vectors.cast(scale,
-               [&](int k, const float(&x)[8], const float(&scaled)[8], const Vector8<Out>& codes) {
-                 const auto place = place_of(k);
-                 if (cast.out != nullptr && place.left > 0) {
-                   store8<Out>(cast.out + place.at, codes, place.left, cast.out_aligned);
-                 }
-                 shared.tile.at(kLanes * k + lane, group) = {codes.word[0], codes.word[1]};
-                 if (cast.counters != nullptr) counts.add<Out>(x, scaled, codes);
-                 if (cast.column_sums != nullptr) {
+  const unsigned group = threadIdx.x % kGroups, lane = threadIdx.x / kGroups;
+  const auto row_of = [&](unsigned tile) {
+    return std::int64_t{tile / cast.tiles_across} * kTileRows;
+  };
+  const auto column_of = [&](unsigned tile) {
+    return std::int64_t{tile % cast.tiles_across} * Tile::kColumns;
+  };
+  const auto place_of = [&](unsigned tile) {
+    const std::int64_t row0 = row_of(tile) + lane, column = column_of(tile) + 8 * group;
+    return [&cast, row0, column](int k) -> typename V::Place {
+      const std::int64_t row = row0 + kLanes * k;
+      return {row * cast.columns + column, row < cast.rows ? cast.columns - column : 0};
+    };
+  };
+  const auto cast_tile = [&](const V& vectors, unsigned tile, float scale) {
+    const std::int64_t row0 = row_of(tile), column0 = column_of(tile);
+    const auto place_of_vector = place_of(tile);
+    float sums[8] = {};
+    vectors.cast(
+        scale, [&](int k, const float(&x)[8], const float(&scaled)[8], const Vector8<Out>& codes) {
+          const auto place = place_of_vector(k);
+          if (cast.out != nullptr && place.left > 0) {
+            store8<Out>(cast.out + place.at, codes, place.left, cast.out_aligned);
+          }
+          shared.tile.at(kLanes * k + lane, group) = {codes.word[0], codes.word[1]};
+          if (cast.counters != nullptr) counts.add<Out>(x, scaled, codes);
+          if (cast.column_sums != nullptr) {
 #pragma unroll
-                   for (int i = 0; i < 8; ++i) sums[i] += x[i];
-                 }
-                 if constexpr (!Measures) {
-#pragma unroll
-                   for (float value : x) largest = max(largest, magnitude_bits(value));
-                 }
-               });
-  if (cast.transposed != nullptr) {
-    shared.tile.store_transposed(
-        cast.transposed + column0 * cast.pitch + row0, cast.pitch,
-        static_cast<int>(min(cast.columns - column0, std::int64_t{Tile::kColumns})),
-        static_cast<int>(min(cast.pitch - row0, std::int64_t{kTileRows})), cast.transposed_aligned);
-  }
-  if (cast.column_sums != nullptr) {
-    store_column_sums<kGroups>(shared.lanes, sums,
-                               cast.column_sums + row0 / kTileRows * cast.columns + column0,
-                               cast.columns - column0);
-  }
+            for (int i = 0; i < 8; ++i) sums[i] += x[i];
+          }
+          if constexpr (!Measures) largest = max(largest, largest_of(x));
+        });
+    if (cast.transposed != nullptr) {
+      shared.tile.store_transposed(
+          cast.transposed + column0 * cast.pitch + row0, cast.pitch,
+          static_cast<int>(min(cast.columns - column0, std::int64_t{Tile::kColumns})),
+          static_cast<int>(min(cast.pitch - row0, std::int64_t{kTileRows})),
+          cast.transposed_aligned);
+    }
+    if (cast.column_sums != nullptr) {
+      store_column_sums<kGroups>(shared.lanes, sums,
+                                 cast.column_sums + row0 / kTileRows * cast.columns + column0,
+                                 cast.columns - column0);
+    }
+    if constexpr (Measures) __syncthreads();  // before the next tile takes the place of this one
+  };
+  cast_all<Measures, V>(cast, shared.word, place_of, cast_tile);
   if (cast.given) record_amax(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
 }
@@ -189,7 +189,10 @@ Cast cast_of(const QuantizeArgs& args) {
   cast.rows = in_tiles ? args.in.shape[0] : args.in.numel();
   cast.columns = in_tiles ? args.in.shape[1] : 0;
   cast.pitch = padded_rows(cast.rows);
-  cast.tiles_across = tiles_across(cast.columns);
+  cast.tiles_across = static_cast<unsigned>(tiles_across(cast.columns));
+  const std::int64_t tiles = in_tiles ? tiles_down(cast.rows) * tiles_across(cast.columns)
+                                      : (cast.rows + kBlockElements - 1) / kBlockElements;
+  cast.tiles = static_cast<unsigned>(std::max<std::int64_t>(tiles, 1));
   cast.scale = args.out.scale;
   cast.nonfinite = args.nonfinite;
   cast.counters = args.counters;
@@ -205,41 +208,77 @@ Cast cast_of(const QuantizeArgs& args) {
   return cast;
 }
 
+/// Blocks of a kernel that measures, all of which run at once, and the shared memory of each, in
+/// which it keeps tiles.
+struct Residents {
+  unsigned blocks = 0;
+  int staged = 0;
+  std::size_t bytes = 0;
+};
+
+Residents residents_of(const Context& ctx, void (*kernel)(Cast), std::size_t tile_bytes) {
+  const auto get = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    OCTET_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, ctx.device().index));
+    return static_cast<std::size_t>(value);
+  };
+  cudaFuncAttributes attributes{};
+  OCTET_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  const std::size_t all = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocksPerSm;
+  const std::size_t taken =
+      attributes.sharedSizeBytes + get(cudaDevAttrReservedSharedMemoryPerBlock);
+  Residents residents;
+  residents.blocks = static_cast<unsigned>(kBlocksPerSm * get(cudaDevAttrMultiProcessorCount));
+  residents.staged = static_cast<int>((all - taken) / tile_bytes);
+  residents.bytes = static_cast<std::size_t>(residents.staged) * tile_bytes;
+  return residents;
+}
+
+/// Current scaling in one kernel; false, and nothing happens, for what is too large. Twice what the
+/// device keeps is still faster so (measured), although the other half is read twice.
+template <class In, class Out>
+bool launch_measuring_cast(const Context& ctx, Cast cast) {
+  const auto kernel =
+      cast.columns != 0 ? cast_tiles_kernel<In, Out, true> : cast_rows_kernel<In, Out, true>;
+  const Residents residents =
+      residents_of(ctx, kernel, kBlockElements * sizeof(typename In::Storage));
+  if (cast.tiles > 2 * (1 + static_cast<unsigned>(residents.staged)) * residents.blocks) {
+    return false;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = std::min(cast.tiles, residents.blocks);
+  launch.blockDim = kThreads;
+  launch.stream = ctx.stream();
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  if (cast.tiles > residents.blocks) {
+    launch.dynamicSmemBytes = residents.bytes;
+    cast.staged = residents.staged;
+    OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(residents.bytes)));
+    OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared));
+  }
+  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, cast));
+  return true;
+}
+
 template <class In, class Out>
 void launch_cast(const Context& ctx, const QuantizeArgs& args) {
   const Cast cast = cast_of(args);
-  const bool in_tiles = cast.columns != 0;
-  const std::int64_t blocks = in_tiles ? tiles_down(cast.rows) * cast.tiles_across
-                                       : (cast.rows + kBlockElements - 1) / kBlockElements;
-  int multiprocessors = 0;
-  OCTET_CUDA_CHECK(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, ctx.device().index));
-  // What fits in registers is read once. The launch bounds see to it that all blocks run at once.
-  const bool measures = !cast.given && blocks <= std::int64_t{kBlocksPerSm} * multiprocessors;
-  if (!cast.given && !measures) {
+  if (!cast.given) {
+    if (launch_measuring_cast<In, Out>(ctx, cast)) return;
     const std::int64_t count = args.in.numel();
     amax_kernel<In><<<blocks_for(count), kThreads, 0, ctx.stream()>>>(
         args.in.as<const typename In::Storage>(), count,
         is_aligned_to_vectors(args.in.data, size_of(args.in.dtype)), amax_word(cast.scale));
   }
-  cudaLaunchAttribute attribute{};
-  if (measures) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = static_cast<unsigned>(std::max<std::int64_t>(blocks, 1));
-  launch.blockDim = kThreads;
-  launch.stream = ctx.stream();
-  launch.attrs = &attribute;
   const auto kernel =
-      in_tiles ? (measures ? cast_tiles_kernel<In, Out, true> : cast_tiles_kernel<In, Out, false>)
-               : (measures ? cast_rows_kernel<In, Out, true> : cast_rows_kernel<In, Out, false>);
-  launch.numAttrs = measures || is_built_for(kernel, 90) ? 1 : 0;
-  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, cast));
+      cast.columns != 0 ? cast_tiles_kernel<In, Out, false> : cast_rows_kernel<In, Out, false>;
+  launch_dependent(ctx, kernel, cast.tiles, kThreads, cast);
 }
 
 void zero_amax(const Context& ctx, TensorScale* scale) {
