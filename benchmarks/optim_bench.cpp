@@ -33,14 +33,22 @@ const char* const kFasterThanReference = "blocks and split";
 
 std::vector<Case> all_cases() {
   const octet::Formats o2 = octet::formats_of(octet::Level::O2);
-  octet::Formats transpose = o2;
-  transpose.state.weight = octet::WeightFormat::e4m3_and_transpose;
+  const auto o2_with = [&o2](octet::WeightFormat weight) {
+    octet::Formats formats = o2;
+    formats.state.weight = weight;
+    return formats;
+  };
   const auto shard = [](octet::Formats formats) {
     formats.gradient = DType::f32;
     return formats;
   };
   return {{.name = kReference, .formats = o2, .target = 0.90},
-          {.name = "O2 with transpose", .formats = transpose, .target = 0.85},
+          {.name = "O2 with transpose",
+           .formats = o2_with(octet::WeightFormat::e4m3_and_transpose),
+           .target = 0.85},
+          {.name = "O2 with tiles", .formats = o2_with(octet::WeightFormat::e4m3_tile)},
+          {.name = "O2 with tiles and transpose",
+           .formats = o2_with(octet::WeightFormat::e4m3_tile_and_transpose)},
           {.name = kFasterThanReference, .formats = octet::small_formats(), .target = 0.75},
           {.name = "O1", .formats = octet::formats_of(octet::Level::O1), .target = 0.90},
           {.name = "O0", .formats = octet::formats_of(octet::Level::O0), .target = 0.92},

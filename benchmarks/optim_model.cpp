@@ -62,7 +62,7 @@ void fill_gradient(const octet::Context& ctx, const octet::TensorView& values,
 std::size_t weight_bytes(const StateFormats& f, std::int64_t elements) {
   // An f32 weight is its own master.
   if (f.weight == WeightFormat::none || f.weight == WeightFormat::f32) return 0;
-  const int written = f.weight == WeightFormat::e4m3_and_transpose ? 2 : 1;
+  const int written = octet::is_transposed(f.weight) ? 2 : 1;
   const int read = f.master == StateFormat::split ? 1 : 0;
   return static_cast<std::size_t>(written + read) * static_cast<std::size_t>(elements) *
          octet::size_of(octet::dtype_of(f.weight));
@@ -125,7 +125,7 @@ Model::Model(const octet::Context& ctx, const Case& c, const std::vector<Shape>&
                             .gradient_is_shard = c.gradient_is_shard,
                             .weight = weights_.back().view(),
                             .group = octet::AdamWGroup{.weight_decay = 0.1f}};
-    if (weight == WeightFormat::e4m3_and_transpose) {
+    if (octet::is_transposed(weight)) {
       transposed_.emplace_back(ctx, DType::e4m3, Shape{shape[1], shape[0]});
       param.weight_transposed = transposed_.back().view();
     }

@@ -26,6 +26,7 @@ const CudaPart& cuda_part() {
       .block_quantize = cuda::block_quantize,
       .block_dequantize = cuda::block_dequantize,
       .broadcast_scale = cuda::broadcast_scale,
+      .transpose_tile_scales = cuda::transpose_tile_scales,
       .make_gemm_ready = cuda::make_gemm_ready,
       .delayed_update = cuda::delayed_update,
       .measure_amax = cuda::measure_amax,

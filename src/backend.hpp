@@ -43,6 +43,9 @@ struct Backend {
   void (*block_quantize)(const Context&, const BlockQuantizeArgs&);
   void (*block_dequantize)(const Context&, const BlockScaledView& in, const TensorView& out);
   void (*broadcast_scale)(const Context&, const TensorScale*, const BlockScaledView& out);
+  /// From those of a matrix [rows, columns].
+  void (*transpose_tile_scales)(const Context&, const float* scales, std::int64_t rows,
+                                std::int64_t columns, float* out);
   void (*make_gemm_ready)(const Context&, const void* compact, std::int64_t rows,
                           std::int64_t columns, void* gemm_ready);
   void (*delayed_update)(const Context&, const DelayedArgs&);

@@ -24,6 +24,7 @@ const Backend& cpu_backend() {
       .block_quantize = cpu::block_quantize,
       .block_dequantize = cpu::block_dequantize,
       .broadcast_scale = cpu::broadcast_scale,
+      .transpose_tile_scales = cpu::transpose_tile_scales,
       .make_gemm_ready = cpu::make_gemm_ready,
       .delayed_update = cpu::delayed_update,
       .measure_amax = cpu::measure_amax,

@@ -4,7 +4,7 @@
 
 #include "cuda/check.hpp"
 #include "cuda/device/reduce.cuh"
-#include "cuda/ops/adamw_vector.cuh"
+#include "cuda/ops/adamw_weight.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 #include "octet/ops/detail/adamw_initial.hpp"
 
@@ -95,6 +95,17 @@ __global__ void __launch_bounds__(kLanes)
   }
 }
 
+/// A block of threads for each tile.
+__global__ void __launch_bounds__(kLanes)
+    initialise_tiles_kernel(AdamwTensor tensor, TensorView values) {
+  const std::int64_t across = (tensor.columns + kTileSide - 1) / kTileSide;
+  const std::int64_t begin = blockIdx.x / across * kTileSide * tensor.columns;
+  const AdamwTile tile =
+      tile_of(tensor, panel_of(tensor, Segment{.begin = begin}), blockIdx.x % across);
+  cast_tile(tensor, initial_step(tensor), tile,
+            [&](std::int64_t i) { return initial_master(tensor, values, i); });
+}
+
 __global__ void __launch_bounds__(kLanes)
     initialise_state_kernel(AdamwTensor tensor, TensorView values, Piece piece,
                             std::int64_t local) {
@@ -116,8 +127,17 @@ void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   cuda::measure_amax(ctx, init.values, init.tensor.master_scale);
   initialise_scales_kernel<<<1, 1, 0, ctx.stream()>>>(init.tensor);
   const std::int64_t count = init.values.numel();
-  initialise_weight_kernel<<<blocks_for(count), kLanes, 0, ctx.stream()>>>(init.tensor, init.values,
-                                                                           count);
+  if (has_block_scales(init.tensor.formats.weight)) {
+    const auto tiles_of = [](std::int64_t side) { return (side + kTileSide - 1) / kTileSide; };
+    const std::int64_t tiles = tiles_of(init.tensor.rows) * tiles_of(init.tensor.columns);
+    if (count > 0) {
+      initialise_tiles_kernel<<<static_cast<unsigned>(tiles), kLanes, 0, ctx.stream()>>>(
+          init.tensor, init.values);
+    }
+  } else {
+    initialise_weight_kernel<<<blocks_for(count), kLanes, 0, ctx.stream()>>>(init.tensor,
+                                                                             init.values, count);
+  }
   std::int64_t local = 0;
   for (std::int64_t p = 0; p < init.piece_count; ++p) {
     const Piece piece = init.pieces[p];

@@ -56,7 +56,7 @@ struct Codes {
     store_codes(to.master, place, master);
     store_codes(to.m, place, m);
     store_codes(to.v, place, v);
-    if constexpr (has_weight(R.formats)) store_codes(to.weight, place, weight);
+    if constexpr (has_weight_of_element(R.formats)) store_codes(to.weight, place, weight);
   }
 
  private:
@@ -159,7 +159,7 @@ __device__ void encode(const AdamwTensorStep& s, const AdamwValues (&values)[kVe
   } else {
     codes.master = pack<top_of(F.master)>(master);
     if constexpr (F.weight == WeightFormat::bf16) codes.weight = bf16_weight(codes.master);
-    if constexpr (is_e4m3(F.weight)) codes.weight = e4m3_weight(codes.master, ratio);
+    if constexpr (has_tensor_scale(F.weight)) codes.weight = e4m3_weight(codes.master, ratio);
   }
 }
 
@@ -191,7 +191,7 @@ __device__ AmaxBits amax_bits(const AdamwTensorStep& s, const AdamwAmax& largest
   bits.master = amax.template operator()<F.master>(largest.master, s.master_scale_inv);
   bits.m = amax.template operator()<F.m>(largest.m, s.m_scale_inv);
   bits.v = amax.template operator()<F.v>(largest.v, s.v_scale_inv);
-  if constexpr (F.master == StateFormat::f16 && is_e4m3(F.weight)) {
+  if constexpr (F.master == StateFormat::f16 && has_tensor_scale(F.weight)) {
     float x[kVector];
     decode_e4m3(e4m3_weight(Packed<2>{{largest.master}},
                             __float2half2_rn(s.master_scale_inv * s.weight_scale)),

@@ -26,7 +26,7 @@ __device__ void find_row(const Of& of) {
 /// Whether the scales of a step are what the code of a row with these formats counts on.
 __device__ inline bool are_scales_fit_for_row(const StateFormats& f, const AdamwTensorStep& s) {
   if (s.ordinary == 0) return false;
-  if (f.master == StateFormat::f16 && is_e4m3(f.weight)) {
+  if (f.master == StateFormat::f16 && has_tensor_scale(f.weight)) {
     // The weight comes from the master by a product in half precision.
     const float ratio = s.master_scale_inv * s.weight_scale;
     return ratio == 0x1p-7f || ratio == 0x1p-8f;

@@ -4,6 +4,7 @@
 #include "cuda/check.hpp"
 #include "cuda/ops/adamw_codes.cuh"
 #include "cuda/ops/adamw_rows.cuh"
+#include "cuda/ops/adamw_weight.cuh"
 #include "cuda/ops/adamw_work.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 
@@ -21,8 +22,15 @@ struct UpdateArgs {
   PhiloxKeys keys;
 };
 
-/// All whole vectors of a segment (of block formats all whole blocks, of a transposed weight only
-/// a tile); returns the number of elements done. All threads must call it.
+using TransposedTile = ByteTile<kBlockThreads>;
+/// One for all rows: one of each would leave room for fewer blocks of threads.
+__device__ TransposedTile& transposed_tile() {
+  __shared__ TransposedTile tile;
+  return tile;
+}
+
+/// All whole vectors of a segment (of block formats all whole blocks, of a weight in tiles only a
+/// tile); returns the number of elements done. All threads must call it.
 template <AdamwRow R>
 __device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_thread) {
   constexpr StateFormats F = R.formats;
@@ -31,13 +39,14 @@ __device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_
   // Rows of FP32 states are faster without (measured).
   constexpr bool kPrefetches = takes_fast_math(F);
   constexpr bool kQuads = takes_quads(F);
-  constexpr bool kTransposes = F.weight == WeightFormat::e4m3_and_transpose;
+  constexpr bool kTiles = needs_matrix(F.weight);
+  constexpr bool kTransposes = is_transposed(F.weight);
   // These count on eight elements in a row.
-  static_assert(!kQuads || !(kHasBlocks || kTransposes || takes_fast_math(F)));
+  static_assert(!kQuads || !(kHasBlocks || kTiles || takes_fast_math(F)));
   const AdamwTensor& t = work.tensor;
   const Walk walk =
-      kTransposes ? walk_of(t, work.segment) : Walk{work.segment.begin, kStateBlock, false};
-  if (kTransposes && !walk.is_tile) return 0;
+      kTiles ? walk_of(t, work.segment) : Walk{work.segment.begin, kStateBlock, false};
+  if (kTiles && !walk.is_tile) return 0;
   if (threadIdx.x == 0) work.streams = streams_of<R>(work, walk.first);
   __syncthreads();
   AdamwTensorStep s = work.step;
@@ -50,7 +59,7 @@ __device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_
   const int vectors = kHasBlocks ? count / kStateBlock * kBlockThreads : count / kVector;
   const int stride = static_cast<int>(walk.stride);
   const int in_block = threadIdx.x % kBlockThreads;
-  __shared__ ByteTile<kTransposes ? kBlockThreads : 1> tile;
+  TransposedTile& tile = transposed_tile();
   LargestOnTop largest;
   const int lane = threadIdx.x % 32;
   int i = threadIdx.x / kBlockThreads * stride + in_block * kVector;
@@ -105,10 +114,13 @@ __device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_
     encode<R>(s, values, words, m_scale, v_scale, ratio, codes, largest);
     if (!active) continue;
     codes.store(work.streams, place);
-    if constexpr (kTransposes) {
+    if constexpr (kTransposes && !has_block_scales(F.weight)) {
       const unsigned row = vector / kBlockThreads;
       tile.at(row, in_block) = {codes.weight.word[0], codes.weight.word[1]};
     }
+  }
+  if constexpr (has_block_scales(F.weight)) {
+    cast_whole_tile<R>(work, walk, largest.master >> top_of(F.master), tile);
   }
   if constexpr (kTransposes) {
     const std::int64_t row = walk.first / t.columns, column = walk.first % t.columns;
@@ -125,56 +137,97 @@ __device__ int update_vectors(const UpdateArgs& args, Work& work, AdamwAmax& of_
   return vectors * kVector;
 }
 
-/// The elements from `begin` on, a multiple of 4 (of 128 for block formats): any formats, any
-/// alignment. A warp takes a block of 128 at a time.
-__device__ void update_elements(const UpdateArgs& args, const Work& work, std::int64_t begin,
-                                AdamwAmax& largest) {
+/// The random words of four consecutive elements from this index on.
+__device__ RandomWords words_from(const UpdateArgs& args, const Work& work, std::uint64_t index) {
+  RandomWords words = philox(args.keys, work.step_number, index >> 2);
+  if (index % 4 == 0) return words;
+  RandomWords next = philox(args.keys, work.step_number, (index >> 2) + 1);
+  for (unsigned left = index % 4; left > 0; --left) {
+    words = {words.word[1], words.word[2], words.word[3], next.word[0]};
+    next = {next.word[1], next.word[2], next.word[3], 0};
+  }
+  return words;
+}
+
+/// `count` elements, at most 128, from `first` on, counted in the tensor; of block formats one
+/// block or the short rest of the tensor. Any formats, any alignment. For a warp, four elements a
+/// lane.
+__device__ void update_block(const UpdateArgs& args, const Work& work, std::int64_t first,
+                             int count, AdamwAmax& largest) {
   const AdamwTensor& t = work.tensor;
-  const Segment& segment = work.segment;
   const AdamwTensorStep& s = work.step;
   const StateFormats& f = t.formats;
-  const AdamwOffsets at = offsets_of(t, segment);
-  const std::uint64_t first = t.random_base + static_cast<std::uint64_t>(segment.begin);
-  const unsigned lane = threadIdx.x % 32;
+  const AdamwOffsets at = offsets_at(t, work.segment, first);
+  const int lane = threadIdx.x % 32, mine = 4 * lane;
   const auto warp_max = [](float x) {
     return bits_float(__reduce_max_sync(0xFFFFFFFFu, float_bits(x)));
   };
-  for (std::int64_t group = begin + threadIdx.x / 32 * kStateBlock; group < segment.count;
-       group += kThreads / 32 * kStateBlock) {
-    const std::int64_t mine = group + 4 * lane;
-    const std::int64_t block = (at.state + group) / kStateBlock;
-    const float m_inv = is_block(f.m) ? t.m_blocks[block] : s.m_inv;
-    const float v_inv = is_block(f.v) ? t.v_blocks[block] : s.v_inv;
-    AdamwValues values[4];
-    float m_amax = 0.0f, v_amax = 0.0f;
-    IeeeMath math;
+  const std::int64_t block = at.state / kStateBlock;
+  const float m_inv = is_block(f.m) ? t.m_blocks[block] : s.m_inv;
+  const float v_inv = is_block(f.v) ? t.v_blocks[block] : s.v_inv;
+  AdamwValues values[4];
+  float m_amax = 0.0f, v_amax = 0.0f;
+  IeeeMath math;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (mine + k >= segment.count) continue;
-      values[k] = updated(s, f, load_input(t, at, mine + k), m_inv, v_inv, math);
-      m_amax = fmaxf(m_amax, abs_of(values[k].m));
-      v_amax = fmaxf(v_amax, values[k].second);
-    }
-    float m_scale = s.m_scale, v_scale = s.v_scale;
-    const auto renew = [&](float amax, float* blocks, float& scale, std::uint32_t& largest_inv) {
-      const BlockScale next = block_scale(warp_max(amax));
-      scale = next.scale;
-      if (lane == 0) blocks[block] = next.inv;
-      largest_inv = larger(largest_inv, float_bits(next.inv));
-    };
-    __syncwarp();  // all have read the old scales
-    if (is_block(f.m)) renew(m_amax, t.m_blocks, m_scale, largest.m);
-    if (is_block(f.v)) renew(v_amax, t.v_blocks, v_scale, largest.v);
-    const RandomWords words =
-        philox(args.keys, work.step_number, (first + static_cast<std::uint64_t>(mine)) >> 2);
+  for (int k = 0; k < 4; ++k) {
+    if (mine + k >= count) continue;
+    values[k] = updated(s, f, load_input(t, at, mine + k), m_inv, v_inv, math);
+    m_amax = fmaxf(m_amax, abs_of(values[k].m));
+    v_amax = fmaxf(v_amax, values[k].second);
+  }
+  float m_scale = s.m_scale, v_scale = s.v_scale;
+  const auto renew = [&](float amax, float* blocks, float& scale, std::uint32_t& largest_inv) {
+    const BlockScale next = block_scale(warp_max(amax));
+    scale = next.scale;
+    if (lane == 0) blocks[block] = next.inv;
+    largest_inv = larger(largest_inv, float_bits(next.inv));
+  };
+  __syncwarp();  // all have read the old scales
+  if (is_block(f.m)) renew(m_amax, t.m_blocks, m_scale, largest.m);
+  if (is_block(f.v)) renew(v_amax, t.v_blocks, v_scale, largest.v);
+  const RandomWords words =
+      words_from(args, work, t.random_base + static_cast<std::uint64_t>(first + mine));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (mine + k >= segment.count) continue;
-      const AdamwCodes codes = encoded(s, f, args.adamw.config.stochastic_rounding, values[k],
-                                       m_scale, v_scale, words.word[k]);
-      largest.raise(f, codes);
-      store_codes(t, at, mine + k, codes);
+  for (int k = 0; k < 4; ++k) {
+    if (mine + k >= count) continue;
+    const AdamwCodes codes = encoded(s, f, args.adamw.config.stochastic_rounding, values[k],
+                                     m_scale, v_scale, words.word[k]);
+    largest.raise(f, codes);
+    store_codes(t, at, mine + k, codes);
+  }
+}
+
+/// `count` elements from `first` on, counted in the tensor, the first of a block.
+__device__ void update_run(const UpdateArgs& args, const Work& work, std::int64_t first,
+                           std::int64_t count, AdamwAmax& largest) {
+  for (std::int64_t block = threadIdx.x / 32 * kStateBlock; block < count;
+       block += kThreads / 32 * kStateBlock) {
+    update_block(args, work, first + block, static_cast<int>(min(count - block, kStateBlock)),
+                 largest);
+  }
+}
+
+/// The tiles that a segment sees to: their elements, then their weights. All threads must call it.
+/// Apart from the kernel, whose other paths would run out of registers.
+__device__ __noinline__ void update_tiles(const UpdateArgs& args, const Work& work,
+                                          AdamwAmax& largest) {
+  const AdamwTensor& t = work.tensor;
+  const Segment& segment = work.segment;
+  const AdamwPanel panel = panel_of(t, segment);
+  const AdamwOffsets at = offsets_of(t, segment);
+  const bool by_tiles = has_states_in_tiles(t);
+  if (!by_tiles && panel.first < panel.end) {
+    update_run(args, work, segment.begin, panel.rows * t.columns, largest);
+  }
+  for (std::int64_t number = panel.first; number < panel.end; number += panel.stride) {
+    const AdamwTile tile = tile_of(t, panel, number);
+    for (int row = threadIdx.x / 32; by_tiles && row < tile.rows; row += kThreads / 32) {
+      update_block(args, work, (tile.row + row) * t.columns + tile.column, tile.columns, largest);
     }
+    __syncthreads();  // the masters are there
+    cast_tile(t, work.step, tile, [&](std::int64_t i) {
+      return load_code(t.master, size_of(t.formats.master), at.master + i - segment.begin);
+    });
   }
 }
 
@@ -220,7 +273,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   });
   if (done < work.segment.count) {
     AdamwAmax largest;
-    update_elements(args, work, done, largest);
+    if (has_block_scales(work.tensor.formats.weight)) {
+      update_tiles(args, work, largest);
+    } else {
+      update_run(args, work, work.segment.begin + done, work.segment.count - done, largest);
+    }
     publish(work.tensor, amax_bits(work.tensor.formats, work.step, largest_of_warp(largest)));
   }
 }

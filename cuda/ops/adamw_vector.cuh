@@ -301,6 +301,22 @@ __device__ inline Packed<1> e4m3_weight(const Packed<2>& master, __half2 ratio) 
   }
   return weight;
 }
+/// The codes of values times a power of two.
+__device__ inline Packed<1> e4m3_of(const float (&x)[kVector], float factor) {
+  Packed<1> codes;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    std::uint32_t pair[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float* two = x + 4 * i + 2 * k;
+      pair[k] =
+          __nv_cvt_float2_to_fp8x2({two[0] * factor, two[1] * factor}, __NV_SATFINITE, __NV_E4M3);
+    }
+    codes.word[i] = __byte_perm(pair[0], pair[1], 0x5410);
+  }
+  return codes;
+}
 __device__ inline Packed<2> bf16_weight(const Packed<4>& master) {
   Packed<2> weight;
 #pragma unroll

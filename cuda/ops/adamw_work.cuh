@@ -31,7 +31,7 @@ template <int Threads>
 __device__ bool load_work(const AdamwArgs& args, Work& work) {
   constexpr unsigned kTensorWords = sizeof(AdamwTensor) / 4;
   constexpr unsigned kStepWords = sizeof(AdamwTensorStep) / 4;
-  static_assert(kTensorWords + kStepWords < Threads);
+  static_assert(kTensorWords + kStepWords <= Threads);
   const auto words_of = [](const void* from) { return static_cast<const std::uint32_t*>(from); };
   // The tables of segments and tensors are as they were before prepare; its results are awaited.
   const Segment segment = args.segments[blockIdx.x];

@@ -58,6 +58,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    transpose_tile_scales_kernel(const float* scales, ScaleLayout from, ScaleLayout to, float* out,
+                                 std::int64_t count) {
+  const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
+       i += threads) {
+    out[i] = transposed_tile_scale(scales, from, to, i);
+  }
+}
+
 /// A thread makes the 16 bytes of one row in 32: four rows of four blocks.
 __global__ void __launch_bounds__(kThreads)
     gemm_ready_kernel(const std::uint8_t* compact, ScaleLayout from, ScaleLayout to, uint4* out,
@@ -115,6 +125,16 @@ void broadcast_scale(const Context& ctx, const TensorScale* scale, const BlockSc
   const std::int64_t count = out.granularity == Granularity::mx ? bytes : bytes / 4;
   broadcast_scale_kernel<<<blocks_for(count), kThreads, 0, ctx.stream()>>>(scale, out.scales,
                                                                            layout, count);
+  OCTET_CUDA_CHECK(cudaGetLastError());
+}
+
+void transpose_tile_scales(const Context& ctx, const float* scales, std::int64_t rows,
+                           std::int64_t columns, float* out) {
+  set_device(ctx);
+  const std::int64_t count = scale_bytes(Granularity::tile, columns, rows) / 4;
+  transpose_tile_scales_kernel<<<blocks_for(8 * count), kThreads, 0, ctx.stream()>>>(
+      scales, scale_layout(Granularity::tile, MxLayout::compact, rows, columns),
+      scale_layout(Granularity::tile, MxLayout::compact, columns, rows), out, count);
   OCTET_CUDA_CHECK(cudaGetLastError());
 }
 

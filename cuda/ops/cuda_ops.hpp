@@ -13,6 +13,8 @@ void sum_columns(const Context& ctx, const TensorView& sums, const TensorView& o
 void block_quantize(const Context& ctx, const BlockQuantizeArgs& args);
 void block_dequantize(const Context& ctx, const BlockScaledView& in, const TensorView& out);
 void broadcast_scale(const Context& ctx, const TensorScale* scale, const BlockScaledView& out);
+void transpose_tile_scales(const Context& ctx, const float* scales, std::int64_t rows,
+                           std::int64_t columns, float* out);
 void make_gemm_ready(const Context& ctx, const void* compact, std::int64_t rows,
                      std::int64_t columns, void* gemm_ready);
 void delayed_update(const Context& ctx, const DelayedArgs& args);

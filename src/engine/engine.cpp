@@ -25,10 +25,9 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
   const StateFormats& formats = impl_->plan.formats.state;
   check_formats("Engine: formats", formats, config.adamw.of());
-  require(
-      formats.weight != WeightFormat::none && formats.weight != WeightFormat::e4m3_and_transpose,
-      "Engine: formats: weight is ", name_of(formats.weight),
-      "; the engine hands out weights in f32, bf16 or e4m3 (AdamW itself can do more)");
+  require(formats.weight != WeightFormat::none && !needs_matrix(formats.weight),
+          "Engine: formats: weight is ", name_of(formats.weight),
+          "; the engine hands out weights in f32, bf16 or e4m3 (AdamW itself can do more)");
 }
 
 Engine::~Engine() = default;

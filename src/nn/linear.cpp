@@ -41,7 +41,7 @@ void Linear::forward(const LinearForward& args) {
     epilogue.activation = Activation::gelu;
     if (args.save_for_backward) epilogue.aux = impl.pre_activation.view().data;
   }
-  impl.multiply(x, impl.weight_rows(args.weight, scope), impl.config.in_features, args.y, epilogue);
+  impl.multiply(x, impl.weight_rows(args, scope), impl.config.in_features, args.y, epilogue);
 }
 
 void Linear::backward(const LinearBackward& args) {
@@ -58,7 +58,7 @@ void Linear::backward(const LinearBackward& args) {
     if (!args.input_pre_activation.empty()) {
       epilogue = {.activation = Activation::dgelu, .aux = args.input_pre_activation.data};
     }
-    const LinearOperand w = impl.weight_columns(args.weight, args.weight_transposed, scope);
+    const LinearOperand w = impl.weight_columns(args, scope);
     impl.multiply(gradient.rows, w, impl.config.out_features, args.dx, epilogue);
   }
   if (!args.dw.data.empty()) impl.multiply_dw(gradient.columns, args.dw, args.accumulate, scope);

@@ -257,7 +257,9 @@ LinearOperand Linear::Impl::weight_as_bf16(const ScaledView& weight, WorkspaceSc
   return {out};
 }
 
-LinearOperand Linear::Impl::weight_rows(const ScaledView& weight, WorkspaceScope& scope) {
+LinearOperand Linear::Impl::weight_rows(const LinearForward& args, WorkspaceScope& scope) {
+  if (!args.block_weight.data.empty()) return operand_of(args.block_weight, nullptr);
+  const ScaledView& weight = args.weight;
   const Shape shape = weight.data.shape;
   if (!config.fp8) return weight_as_bf16(weight, scope);
   if (weight.data.dtype != DType::e4m3) {
@@ -280,9 +282,20 @@ LinearOperand Linear::Impl::weight_rows(const ScaledView& weight, WorkspaceScope
   return operand_of(rows, w_scale);
 }
 
-/// The weight with rows along N, for dx. `given`: the caller's transposed codes, or empty.
-LinearOperand Linear::Impl::weight_columns(const ScaledView& weight, const TensorView& given,
-                                           WorkspaceScope& scope) {
+/// Of a weight with scales of tiles, into `columns` where the caller has no transposed copy.
+LinearOperand Linear::Impl::block_weight_columns(const LinearBackward& args,
+                                                 const BlockScaledView& columns) {
+  const BlockScaledView& given = args.block_weight_transposed;
+  if (!given.data.empty()) return operand_of(given, nullptr);
+  if (!columns_kept) transpose_tiles(ctx, args.block_weight, columns);
+  columns_kept = config.cache_weight;
+  return operand_of(columns, nullptr);
+}
+
+/// The weight with rows along N, for dx.
+LinearOperand Linear::Impl::weight_columns(const LinearBackward& args, WorkspaceScope& scope) {
+  const ScaledView& weight = args.weight;
+  const TensorView& given = args.weight_transposed;
   if (!config.fp8) {
     LinearOperand operand = weight_as_bf16(weight, scope);
     operand.transposed = true;
@@ -293,6 +306,7 @@ LinearOperand Linear::Impl::weight_columns(const ScaledView& weight, const Tenso
           ? kept_cut(true)
           : take_cut(scope, DType::e4m3, {config.in_features, padded_rows(config.out_features)},
                      w_granularity());
+  if (!args.block_weight.data.empty()) return block_weight_columns(args, columns);
   if (weight.data.dtype != DType::e4m3) {
     BlockScaledView rows = config.cache_weight ? kept_cut(false) : BlockScaledView{};
     rows.data.dtype = DType::e4m3;

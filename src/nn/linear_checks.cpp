@@ -58,11 +58,49 @@ void Linear::Impl::check(const char* what, const TensorView& view, Shape shape,
           " is at ", view.data, "; it must be aligned to ", kAlignment, " bytes");
 }
 
-void Linear::Impl::check_weight(const ScaledView& weight) const {
+void Linear::Impl::check_weight(const ScaledView& weight, const BlockScaledView& blocks) const {
+  if (!blocks.data.empty()) {
+    require(weight.data.empty(), "Linear: the weight and block_weight are both given");
+    return check_block_weight("block_weight", blocks, {config.out_features, config.in_features});
+  }
   check("the weight", weight.data, {config.out_features, config.in_features},
         {config.weight_dtype});
   require(config.weight_dtype != DType::e4m3 || weight.scale != nullptr,
           "Linear: the weight is e4m3 and has no scale");
+}
+
+void Linear::Impl::check_block_weight(const char* what, const BlockScaledView& view,
+                                      Shape shape) const {
+  require(config.fp8 && config.recipe == Fp8Recipe::blockwise && config.weight_dtype == DType::e4m3,
+          "Linear: ", what, " is given; it is for the recipe blockwise with weight_dtype e4m3");
+  check(what, view.data, shape, {DType::e4m3});
+  require(view.granularity == w_granularity(), "Linear: ", what, " has scales per ",
+          name_of(view.granularity), "; they must be per ", name_of(w_granularity()));
+  require(view.scales != nullptr, "Linear: ", what, " has no scales");
+  require(reinterpret_cast<std::uintptr_t>(view.scales) % kAlignment == 0, "Linear: the scales of ",
+          what, " are at ", view.scales, "; they must be aligned to ", kAlignment, " bytes");
+}
+
+/// The caller's transposed copies of the weight.
+void Linear::Impl::check_transposed(const LinearBackward& args) const {
+  const std::int64_t k = config.in_features, n = config.out_features;
+  const bool has_blocks = !args.block_weight.data.empty();
+  const auto check_rows = [n](const char* what) {
+    require(n % 16 == 0, "Linear: ", what, " is given, but out_features is ", n,
+            "; it must be a multiple of 16");
+  };
+  if (!args.weight_transposed.empty()) {
+    require(config.fp8 && config.weight_dtype == DType::e4m3 && !has_blocks,
+            "Linear: weight_transposed is given; it is for e4m3 weights with one scale in FP8 "
+            "GEMMs");
+    check_rows("weight_transposed");
+    check("weight_transposed", args.weight_transposed, {k, n}, {DType::e4m3});
+  }
+  if (!args.block_weight_transposed.data.empty()) {
+    require(has_blocks, "Linear: block_weight_transposed is given, but no block_weight");
+    check_rows("block_weight_transposed");
+    check_block_weight("block_weight_transposed", args.block_weight_transposed, {k, n});
+  }
 }
 
 void Linear::Impl::check(const LinearForward& args) const {
@@ -70,7 +108,7 @@ void Linear::Impl::check(const LinearForward& args) const {
   check("x", args.x, {count, config.in_features}, kWide);
   require(count <= config.max_tokens, "Linear: x has ", count, " tokens; at most ",
           config.max_tokens, " (max_tokens) are allowed");
-  check_weight(args.weight);
+  check_weight(args.weight, args.block_weight);
   if (config.bias) {
     check("the bias", args.bias, {config.out_features}, kWide);
   } else {
@@ -82,14 +120,8 @@ void Linear::Impl::check(const LinearForward& args) const {
 void Linear::Impl::check(const LinearBackward& args, std::int64_t count) const {
   const std::int64_t k = config.in_features, n = config.out_features;
   check("dy", args.dy, {count, n}, kWide);
-  check_weight(args.weight);
-  if (!args.weight_transposed.empty()) {
-    require(config.fp8 && config.weight_dtype == DType::e4m3,
-            "Linear: weight_transposed is given; it is for e4m3 weights in FP8 GEMMs");
-    require(n % 16 == 0, "Linear: weight_transposed is given, but out_features is ", n,
-            "; it must be a multiple of 16");
-    check("weight_transposed", args.weight_transposed, {k, n}, {DType::e4m3});
-  }
+  check_weight(args.weight, args.block_weight);
+  check_transposed(args);
   require(config.gelu || !args.dy_of_pre_activation,
           "Linear: dy_of_pre_activation is for a configuration with gelu");
   if (!args.dx.empty()) check("dx", args.dx, {count, k}, kStored);

@@ -75,7 +75,9 @@ struct Linear::Impl {
   // linear_checks.cpp
   void check(const char* what, const TensorView& view, Shape shape,
              std::initializer_list<DType> allowed) const;
-  void check_weight(const ScaledView& weight) const;
+  void check_weight(const ScaledView& weight, const BlockScaledView& blocks) const;
+  void check_block_weight(const char* what, const BlockScaledView& view, Shape shape) const;
+  void check_transposed(const LinearBackward& args) const;
   void check(const LinearForward& args) const;
   void check(const LinearBackward& args, std::int64_t count) const;
 
@@ -107,9 +109,9 @@ struct Linear::Impl {
   void cast_weight(const TensorView& weight, const BlockScaledView& rows,
                    const BlockScaledView& columns);
   LinearOperand weight_as_bf16(const ScaledView& weight, WorkspaceScope& scope);
-  LinearOperand weight_rows(const ScaledView& weight, WorkspaceScope& scope);
-  LinearOperand weight_columns(const ScaledView& weight, const TensorView& given,
-                               WorkspaceScope& scope);
+  LinearOperand weight_rows(const LinearForward& args, WorkspaceScope& scope);
+  LinearOperand weight_columns(const LinearBackward& args, WorkspaceScope& scope);
+  LinearOperand block_weight_columns(const LinearBackward& args, const BlockScaledView& columns);
 
   // linear_products.cpp
   struct Sizes {

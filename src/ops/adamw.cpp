@@ -44,10 +44,10 @@ std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig
   if (!is_aligned_for_row(tensor)) return "a buffer is not aligned to 16 bytes";
   if (!is_shaped_for_row(tensor)) {
     std::ostringstream text;
-    text << "the weight that is also written transposed has " << tensor.rows << " rows and "
-         << tensor.columns
-         << " columns; fast are 128 rows or more, a multiple of 8, and a multiple of 128 columns "
-            "up to 2^23";
+    text << "the weight has " << tensor.rows << " rows and " << tensor.columns
+         << " columns; fast are 128 rows or more"
+         << (is_transposed(f.weight) ? ", a multiple of 8," : "")
+         << " and a multiple of 128 columns up to 2^23";
     return text.str();
   }
   return {};

@@ -38,7 +38,8 @@ float measure_segment(const AdamwTensor& tensor, const Segment& segment, std::ui
   return lanes[0];
 }
 
-/// The elements [begin, end) of a segment, one block of 128 of the tensor or its short rest.
+/// The elements [begin, end) counted from those of a segment, at most 128; of block formats one
+/// block or the short rest of the tensor.
 void update_block(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwTensorStep& step,
                   const Segment& segment, std::int64_t begin, std::int64_t end,
                   AdamwAmax& largest) {
@@ -71,27 +72,88 @@ void update_block(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwT
   const PhiloxKeys keys = philox_keys(args.config.seed);
   RandomWords words;
   for (std::int64_t i = begin; i < end; ++i) {
-    if (i % 4 == 0) {
-      words = philox(keys, static_cast<std::uint64_t>(args.scalars->step),
-                     (first + static_cast<std::uint64_t>(i)) >> 2);
+    const std::uint64_t index = first + static_cast<std::uint64_t>(i);
+    if (i == begin || index % 4 == 0) {
+      words = philox(keys, static_cast<std::uint64_t>(args.scalars->step), index >> 2);
     }
-    const AdamwCodes codes =
-        encoded(step, f, args.config.stochastic_rounding,
-                values[static_cast<std::size_t>(i - begin)], m_scale, v_scale, words.word[i % 4]);
+    const AdamwCodes codes = encoded(step, f, args.config.stochastic_rounding,
+                                     values[static_cast<std::size_t>(i - begin)], m_scale, v_scale,
+                                     words.word[index % 4]);
     largest.raise(f, codes);
     store_codes(tensor, at, i, codes);
+  }
+}
+
+/// `count` elements from `begin` on, counted in the segment.
+void update_run(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwTensorStep& step,
+                const Segment& segment, std::int64_t begin, std::int64_t count,
+                AdamwAmax& largest) {
+  for (std::int64_t end = begin + count; begin < end; begin += kStateBlock) {
+    update_block(args, tensor, step, segment, begin, std::min(begin + kStateBlock, end), largest);
+  }
+}
+
+/// Casts a tile of the weight from the codes of the stored master, which master_at(i) tells for
+/// element i of the tensor.
+template <class MasterAt>
+void cast_tile(const AdamwTensor& tensor, const AdamwTensorStep& step, const AdamwTile& tile,
+               const MasterAt& master_at) {
+  const StateFormats& f = tensor.formats;
+  const std::int64_t height = has_scale_per_row(tensor) ? 1 : kTileSide;
+  const std::int64_t end_row = tile.row + tile.rows, end_column = tile.column + tile.columns;
+  for (std::int64_t first = tile.row; first < end_row; first += height) {
+    const auto for_block = [&](const auto& visit) {
+      for (std::int64_t row = first; row < std::min(first + height, end_row); ++row) {
+        for (std::int64_t column = tile.column; column < end_column; ++column) {
+          const std::int64_t i = row * tensor.columns + column;
+          visit(i, static_cast<std::uint32_t>(master_at(i)));
+        }
+      }
+    };
+    std::uint32_t largest = 0;
+    for_block([&](std::int64_t, std::uint32_t master) {
+      largest = larger(largest, magnitude_code(f.master, master));
+    });
+    const float scale = weight_block_scale(f, step, largest);
+    store_weight_scale(tensor, first, tile.column, scale);
+    for_block([&](std::int64_t i, std::uint32_t master) {
+      store_weight(tensor, i, weight_code(f, step, master, scale));
+    });
+  }
+}
+
+/// The tiles that a segment sees to: their elements, then their weights.
+void update_tiles(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwTensorStep& step,
+                  const Segment& segment, AdamwAmax& largest) {
+  const AdamwPanel panel = panel_of(tensor, segment);
+  const AdamwOffsets at = offsets_of(tensor, segment);
+  const bool by_tiles = has_states_in_tiles(tensor);
+  if (!by_tiles && panel.first < panel.end) {
+    update_run(args, tensor, step, segment, 0, panel.rows * tensor.columns, largest);
+  }
+  for (std::int64_t number = panel.first; number < panel.end; number += panel.stride) {
+    const AdamwTile tile = tile_of(tensor, panel, number);
+    for (int row = 0; by_tiles && row < tile.rows; ++row) {
+      const std::int64_t first = (tile.row + row) * tensor.columns + tile.column;
+      update_run(args, tensor, step, segment, first - segment.begin, tile.columns, largest);
+    }
+    cast_tile(tensor, step, tile, [&](std::int64_t i) {
+      return load_code(tensor.master, size_of(tensor.formats.master),
+                       at.master + i - segment.begin);
+    });
   }
 }
 
 void update_segment(const AdamwArgs& args, const Segment& segment) {
   const AdamwTensor& tensor = args.tensors[segment.tensor];
   const AdamwTensorStep& step = args.steps[segment.tensor];
-  AdamwAmax largest;
-  for (std::int64_t begin = 0; begin < segment.count; begin += kStateBlock) {
-    const std::int64_t end = std::min<std::int64_t>(begin + kStateBlock, segment.count);
-    update_block(args, tensor, step, segment, begin, end, largest);
-  }
   const StateFormats& f = tensor.formats;
+  AdamwAmax largest;
+  if (has_block_scales(f.weight)) {
+    update_tiles(args, tensor, step, segment, largest);
+  } else {
+    update_run(args, tensor, step, segment, 0, segment.count, largest);
+  }
 #pragma omp critical(octet_adamw_amax)
   {
     raise_amax(*tensor.m_scale, amax_of_m(f, step, largest));
@@ -101,14 +163,30 @@ void update_segment(const AdamwArgs& args, const Segment& segment) {
   }
 }
 
+/// The whole compute weight.
+void initialise_weights(const AdamwTensor& tensor, const TensorView& values) {
+  const std::int64_t count = values.numel();
+  if (!has_block_scales(tensor.formats.weight)) {
+    for (std::int64_t i = 0; i < count; ++i) initialise_weight(tensor, values, i);
+    return;
+  }
+  const AdamwTensorStep step = initial_step(tensor);
+  for (std::int64_t begin = 0; begin < count; begin += kTileSide * tensor.columns) {
+    const AdamwPanel panel = panel_of(tensor, {.begin = begin});
+    for (std::int64_t number = 0; number < panel.end; ++number) {
+      cast_tile(tensor, step, tile_of(tensor, panel, number),
+                [&](std::int64_t i) { return initial_master(tensor, values, i); });
+    }
+  }
+}
+
 }  // namespace
 
 void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   const AdamwTensor& tensor = init.tensor;
   cpu::measure_amax(ctx, init.values, tensor.master_scale);
   initialise_scales(tensor, tensor.master_scale->amax);
-  const std::int64_t count = init.values.numel();
-  for (std::int64_t i = 0; i < count; ++i) initialise_weight(tensor, init.values, i);
+  initialise_weights(tensor, init.values);
   std::int64_t local = 0;
   for (std::int64_t p = 0; p < init.piece_count; ++p) {
     const Piece& piece = init.pieces[p];

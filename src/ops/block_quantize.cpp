@@ -122,6 +122,22 @@ void broadcast_scale(const Context& ctx, const TensorScale* scale, const BlockSc
   if (bytes != 0) backend_of(ctx).broadcast_scale(ctx, scale, out);
 }
 
+void transpose_tiles(const Context& ctx, const BlockScaledView& in, const BlockScaledView& out) {
+  check_blocks(ctx, in, "transpose_tiles", "the input");
+  check_blocks(ctx, out, "transpose_tiles", "the output");
+  require(in.granularity == Granularity::tile && out.granularity == Granularity::tile,
+          "transpose_tiles: the input has scales per ", name_of(in.granularity),
+          ", the output per ", name_of(out.granularity), "; both must have them per tile");
+  check_apart("transpose_tiles",
+              {named("the input", in.data), scales_of("the input's scales", in),
+               named("the output", out.data), scales_of("the output's scales", out)});
+  transpose(ctx, in.data, out.data);
+  const Shape& shape = in.data.shape;
+  if (in.data.numel() == 0) return;
+  backend_of(ctx).transpose_tile_scales(ctx, static_cast<const float*>(in.scales), shape[0],
+                                        shape[1], static_cast<float*>(out.scales));
+}
+
 void make_gemm_ready(const Context& ctx, const void* compact, std::int64_t rows,
                      std::int64_t columns, void* gemm_ready) {
   require(rows >= 0 && columns >= 0, "make_gemm_ready: the matrix has ", rows, " rows and ",

@@ -169,6 +169,14 @@ void broadcast_scale(const Context&, const TensorScale* scale, const BlockScaled
   }
 }
 
+void transpose_tile_scales(const Context&, const float* scales, std::int64_t rows,
+                           std::int64_t columns, float* out) {
+  const ScaleLayout from = scale_layout(Granularity::tile, MxLayout::compact, rows, columns);
+  const ScaleLayout to = scale_layout(Granularity::tile, MxLayout::compact, columns, rows);
+  const std::int64_t count = scale_bytes(Granularity::tile, columns, rows) / 4;
+  for (std::int64_t i = 0; i < count; ++i) out[i] = transposed_tile_scale(scales, from, to, i);
+}
+
 void make_gemm_ready(const Context&, const void* compact, std::int64_t rows, std::int64_t columns,
                      void* gemm_ready) {
   const ScaleLayout from = scale_layout(Granularity::mx, MxLayout::compact, rows, columns);

@@ -10,7 +10,7 @@ namespace {
 
 bool is_quantised(const StateFormats& f) {
   return f.m != StateFormat::f32 || f.v != StateFormat::f32 || f.master != StateFormat::f32 ||
-         is_e4m3(f.weight);
+         has_tensor_scale(f.weight);
 }
 
 std::int64_t numel_of(const std::vector<Piece>& pieces) {
@@ -45,14 +45,15 @@ void check_weight(const std::string& what, const AdamWParam& param) {
     require(!param.weight.empty() || param.shape.numel() == 0, what,
             ": the weight has a null pointer");
   }
+  require(!needs_matrix(param.formats.weight) || param.shape.rank() == 2, what,
+          ": formats.weight is ", name_of(param.formats.weight), ", but the shape ", param.shape,
+          " is not that of a matrix");
   const TensorView& transposed = param.weight_transposed;
-  if (param.formats.weight != WeightFormat::e4m3_and_transpose) {
+  if (!is_transposed(param.formats.weight)) {
     require(transposed.empty(), what, ": a transposed weight is given, but formats.weight is ",
             name_of(param.formats.weight));
     return;
   }
-  require(param.shape.rank() == 2, what, ": formats.weight is e4m3_and_transpose, but the shape ",
-          param.shape, " is not that of a matrix");
   const Shape shape{param.shape[1], param.shape[0]};
   require(transposed.dtype == DType::e4m3 && transposed.shape == shape, what,
           ": the transposed weight is ", name_of(transposed.dtype), " ", transposed.shape,
@@ -111,7 +112,7 @@ void check_formats(const std::string& what, const StateFormats& f, const AdamwHy
   check_field<StateFormat>(what, "v", f.v, kVFormats);
   require(f.weight != WeightFormat::f32 || f.master == StateFormat::f32, what,
           ": weight is f32, which is its own master, but master is ", name_of(f.master));
-  require(f.master != StateFormat::split || is_e4m3(f.weight), what,
+  require(f.master != StateFormat::split || has_tensor_scale(f.weight), what,
           ": master is split, so weight must be e4m3 or e4m3_and_transpose, but it is ",
           name_of(f.weight));
   require(!is_quantised(f) || group.beta1 * group.beta1 < group.beta2, what, ": beta1 ",
@@ -181,6 +182,20 @@ std::size_t AdamW::grow(std::vector<State>& states, StateFormat format, std::int
   return ctx_.memory_use().current - before;
 }
 
+std::size_t AdamW::grow_weight_blocks(const AdamWParam& param) {
+  const std::size_t before = ctx_.memory_use().current;
+  const auto add = [&](std::vector<Buffer>& list, bool exists, int rows, int columns) {
+    list.emplace_back(ctx_, exists ? static_cast<std::size_t>(
+                                         scale_bytes(granularity_of(param.formats.weight),
+                                                     param.shape[rows], param.shape[columns]))
+                                   : 0);
+  };
+  const bool has_scales = has_block_scales(param.formats.weight);
+  add(weight_blocks_, has_scales, 0, 1);
+  add(transposed_blocks_, has_scales && is_transposed(param.formats.weight), 1, 0);
+  return ctx_.memory_use().current - before;
+}
+
 std::int32_t AdamW::group_index(const AdamwHyper& hyper) {
   const auto found = std::find(groups_host_.begin(), groups_host_.end(), hyper);
   const auto index = found - groups_host_.begin();
@@ -195,7 +210,8 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   const bool own_master = f.weight != WeightFormat::f32;
   bytes_.push_back({.master = grow(master_, f.master, own_master ? owned : 0),
                     .m = grow(m_, f.m, owned),
-                    .v = grow(v_, f.v, owned)});
+                    .v = grow(v_, f.v, owned),
+                    .weight_blocks = grow_weight_blocks(param)});
   AdamwTensor tensor;
   tensor.gradient = param.gradient.data;
   tensor.gradient_dtype = param.gradient.dtype;
@@ -214,7 +230,9 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.v_scale = scale(kV, i);
   tensor.weight = own_master ? param.weight.data : nullptr;
   tensor.weight_scale = scale(kWeight, i);
+  tensor.weight_blocks = weight_blocks_.back().as<float>();
   tensor.weight_transposed = param.weight_transposed.data;
+  tensor.weight_transposed_blocks = transposed_blocks_.back().as<float>();
   tensor.rows = param.shape.rank() > 0 ? param.shape[0] : 1;
   tensor.columns = param.shape.row_numel();
   tensor.group = group_index(config_.of(param.group));
@@ -283,6 +301,27 @@ void AdamW::check_index(int i) const {
 TensorScale* AdamW::weight_scale(int i) const {
   check_index(i);
   return scale(kWeight, i);
+}
+
+BlockScaledView AdamW::block_weight(int i) const {
+  check_index(i);
+  const AdamWParam& param = params_[static_cast<std::size_t>(i)];
+  require(has_block_scales(param.formats.weight), "AdamW::block_weight: the weight of parameter \"",
+          param.name, "\" is ", name_of(param.formats.weight), ", which has no scales of blocks");
+  return {.data = param.weight,
+          .granularity = granularity_of(param.formats.weight),
+          .scales = weight_blocks_[static_cast<std::size_t>(i)].data()};
+}
+
+BlockScaledView AdamW::block_weight_transposed(int i) const {
+  BlockScaledView view = block_weight(i);
+  const AdamWParam& param = params_[static_cast<std::size_t>(i)];
+  require(is_transposed(param.formats.weight),
+          "AdamW::block_weight_transposed: the weight of parameter \"", param.name, "\" is ",
+          name_of(param.formats.weight), ", which has no transposed copy");
+  view.data = param.weight_transposed;
+  view.scales = transposed_blocks_[static_cast<std::size_t>(i)].data();
+  return view;
 }
 
 AdamW::StateBytes AdamW::state_bytes(int i) const {

@@ -375,6 +375,64 @@ TEST_CASE("what the other functions of block scales refuse") {
   }
 }
 
+TEST_CASE("transposed tiles are those of a cast of the transpose") {
+  const BlockKind kind{Granularity::tile};
+  for (const Context& ctx : test_contexts()) {
+    for (const Shape& shape : {Shape{1, 1}, Shape{130, 264}, Shape{17, 33}, Shape{128, 512},
+                               Shape{5, 700}, Shape{1000, 128}, Shape{16, 16}}) {
+      for (DType dtype : {DType::e4m3, DType::e5m2}) {
+        const BlockCase c{.out = dtype, .shape = shape, .kind = kind};
+        INFO(describe(ctx, c));
+        const BlockResult r =
+            run_blocks(ctx, c, wide_values(static_cast<std::size_t>(shape.numel()), 31, -20, 20));
+        const Buffer codes = upload(ctx, r.out.codes), scales = upload(ctx, r.out.scales);
+        const Shape turned{shape[1], rounded_up(shape[0], 16)};
+        const Guarded out(ctx, r.transposed.codes.size()),
+            out_scales(ctx, r.transposed.scales.size());
+        transpose_tiles(ctx, view_of_blocks(ctx, codes, scales, dtype, shape, kind),
+                        {.data = out.view(dtype, turned),
+                         .granularity = Granularity::tile,
+                         .scales = out_scales.data()});
+        CHECK(first_difference(out.values<std::uint8_t>(), r.transposed.codes) == "");
+        CHECK(first_difference(out_scales.values<std::uint8_t>(), r.transposed.scales) == "");
+        CHECK(out.intact());
+        CHECK(out_scales.intact());
+      }
+    }
+  }
+}
+
+TEST_CASE("what transpose_tiles refuses") {
+  for (const Context& ctx : test_contexts()) {
+    const Buffer memory(ctx, 1 << 13);
+    zero_bytes(ctx, memory.data(), memory.bytes());
+    char* base = memory.as<char>();
+    const auto error_with = [&](auto change) {
+      BlockScaledView in{.data = {base, DType::e4m3, {4, 8}, ctx.device()},
+                         .granularity = Granularity::tile,
+                         .scales = base + 1024};
+      BlockScaledView out = in;
+      out.data.data = base + 2048, out.data.shape = {8, 16}, out.scales = base + 4096;
+      change(in, out);
+      return error_of([&] { transpose_tiles(ctx, in, out); });
+    };
+    using View = BlockScaledView;
+    CHECK(error_with([](View&, View&) {}) == "no error");
+    CHECK(missing(error_with([](View& in, View&) { in.granularity = Granularity::row_block; }),
+                  {"row_block", "tile"}) == "");
+    CHECK(missing(error_with([](View&, View& out) { out.granularity = Granularity::mx; }),
+                  {"mx", "tile"}) == "");
+    CHECK(missing(error_with([](View&, View& out) { out.scales = nullptr; }),
+                  {"the output", "no scales"}) == "");
+    CHECK(missing(error_with([](View&, View& out) { out.data.dtype = DType::e5m2; }),
+                  {"e4m3", "e5m2"}) == "");
+    CHECK(missing(error_with([](View&, View& out) { out.data.shape = {8, 4}; }), {"[8, 4]"}) == "");
+    CHECK(missing(error_with([&](View&, View& out) { out.scales = base + 1024; }),
+                  {"the output's scales", "the input's scales"}) == "");
+    ctx.synchronize();
+  }
+}
+
 TEST_CASE("broadcast_scale fills the scales of all blocks, and zeros the padding") {
   for (const Context& ctx : test_contexts()) {
     for (const Shape& shape : {Shape{1, 1}, Shape{130, 264}, Shape{17, 33}, Shape{128, 512}}) {

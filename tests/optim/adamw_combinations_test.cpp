@@ -4,8 +4,8 @@
 #include <memory>
 
 #include "octet/optim/adamw.hpp"
+#include "support/adamw_blocks.hpp"
 #include "support/adamw_formats.hpp"
-#include "support/adamw_stored.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/devices.hpp"
@@ -87,6 +87,7 @@ class Optimizer {
       all.insert(all.end(), part.begin(), part.end());
     };
     append(download_bytes(ctx_, transposed_[i].view()));
+    append(block_scale_bytes(ctx_, *optimizer_, p, formats_[i].weight));
     for (const StateView& view : {optimizer_->master(p), optimizer_->m(p), optimizer_->v(p)}) {
       append(download_state(ctx_, view));
     }
@@ -100,15 +101,17 @@ class Optimizer {
  private:
   AdamWParam param_of(const Combination& what, std::int64_t count) {
     const WeightFormat weight = what.formats.weight;
-    const bool is_matrix = weight == WeightFormat::e4m3_and_transpose;
+    const bool is_matrix = needs_matrix(weight);
     const Shape matrix = matrix_of(count);
     AdamWParam param;
     param.name = describe(what.formats, what.gradient);
     param.shape = is_matrix ? matrix : Shape{count};
     param.formats = what.formats;
+    formats_.push_back(what.formats);
     weights_.push_back(weight == WeightFormat::none ? Tensor()
                                                     : Tensor(ctx_, dtype_of(weight), param.shape));
-    transposed_.push_back(is_matrix ? Tensor(ctx_, DType::e4m3, {matrix[1], matrix[0]}) : Tensor());
+    transposed_.push_back(is_transposed(weight) ? Tensor(ctx_, DType::e4m3, {matrix[1], matrix[0]})
+                                                : Tensor());
     param.weight = weights_.back().view();
     param.weight_transposed = transposed_.back().view();
     for (const Gradient& gradient : gradients_) {
@@ -135,6 +138,7 @@ class Optimizer {
   Context ctx_;
   std::vector<Gradient> gradients_;
   std::vector<Tensor> weights_, transposed_;
+  std::vector<StateFormats> formats_;
   std::unique_ptr<AdamW> optimizer_;
 };
 

@@ -107,7 +107,7 @@ class Large {
     } else {
       param.formats.weight = WeightFormat::none;
     }
-    if (param.formats.weight == WeightFormat::e4m3_and_transpose) {
+    if (is_transposed(param.formats.weight)) {
       transposed_ = Tensor(ctx, DType::e4m3, {shape_[1], shape_[0]});
     }
     if (whole) {

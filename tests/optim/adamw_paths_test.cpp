@@ -29,7 +29,11 @@ std::vector<Row> all_rows() {
       {"blocks alone", kBlocksAlone, DType::bf16},
       {"blocks of m", {.m = S::e4m3_block, .v = S::f16}, DType::e4m3},
       {"blocks of v", {WeightFormat::bf16, S::f16, S::bf16, S::sqrt_e4m3_block}, DType::f32},
-      {"mixed", {WeightFormat::e4m3, S::f32, S::bf16, S::f16}, DType::f32}};
+      {"mixed", {WeightFormat::e4m3, S::f32, S::bf16, S::f16}, DType::f32},
+      {"rows of a weight in blocks", {WeightFormat::e4m3_row_block, S::f16}, DType::f32},
+      {"blocks everywhere",
+       {WeightFormat::e4m3_tile_and_transpose, S::f16, S::e4m3_block, S::sqrt_e4m3_block},
+       DType::e4m3}};
   for (const AdamwRow& row : kAdamwRows) {
     rows.push_back({describe(row.formats, row.gradient), row.formats, row.gradient});
   }
@@ -47,7 +51,7 @@ const std::vector<Shape> kMatrices = {{296, 384}, {128, 128}, {136, 256}, {256, 
                                       {128, 200}, {17, 61},   {1, 16385}, {129, 1},   {1, 1}};
 
 const std::vector<Shape>& shapes_of(const StateFormats& formats) {
-  return formats.weight == WeightFormat::e4m3_and_transpose ? kMatrices : kVectors;
+  return needs_matrix(formats.weight) ? kMatrices : kVectors;
 }
 
 /// Gradients from a count and a seed.
@@ -93,7 +97,7 @@ std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::i
     param.shape = shape;
     param.formats = row.formats;
     if (weight != WeightFormat::none) param.weight = shifted(weights.back(), shape);
-    if (weight == WeightFormat::e4m3_and_transpose) {
+    if (is_transposed(weight)) {
       param.weight_transposed = shifted(transposed.back(), {shape[1], shape[0]});
     }
     param.gradient = shifted(gradients.back(), shape);
@@ -120,6 +124,7 @@ std::vector<std::uint8_t> bytes_after(const Context& ctx, const Row& row, std::i
     };
     append(download_bytes(ctx, params[i].weight));
     append(download_bytes(ctx, params[i].weight_transposed));
+    append(block_scale_bytes(ctx, optimizer, p, row.formats.weight));
     for (const StateView& view : {optimizer.master(p), optimizer.m(p), optimizer.v(p)}) {
       append(download_state(ctx, view));
     }

@@ -11,6 +11,8 @@ namespace {
 
 const StateFormats kO2Transposed = {WeightFormat::e4m3_and_transpose, StateFormat::f16,
                                     StateFormat::e4m3, StateFormat::f16};
+const StateFormats kO2Tiles = {WeightFormat::e4m3_tile, StateFormat::f16, StateFormat::e4m3,
+                               StateFormat::f16};
 const StateFormats kMixed = {WeightFormat::e4m3, StateFormat::f16, StateFormat::bf16,
                              StateFormat::f16};
 
@@ -62,6 +64,9 @@ TEST_CASE("a tensor that takes the general code has a reason that names what is 
       {{}, {.shape = {120, 128}, .formats = kO2Transposed, .gradient = DType::e4m3}, "120 rows"},
       {{}, {.shape = {128, 200}, .formats = kO2Transposed, .gradient = DType::e4m3}, "200 columns"},
       {{}, {.shape = {136, 256}, .formats = kO2Transposed, .gradient = DType::e4m3}, ""},
+      {{}, {.shape = {100, 128}, .formats = kO2Tiles, .gradient = DType::e4m3}, "100 rows"},
+      {{}, {.shape = {129, 129}, .formats = kO2Tiles, .gradient = DType::e4m3}, "129 columns"},
+      {{}, {.shape = {129, 256}, .formats = kO2Tiles, .gradient = DType::e4m3}, ""},
       {{.eps = 1e-15f}, {.shape = {16, 8}, .formats = kO2, .gradient = DType::e4m3}, "eps"},
       {{.eps = 1e-12f}, {.shape = {16, 8}, .formats = kO2, .gradient = DType::e4m3}, ""}};
   for (const Context& ctx : test_contexts()) {
@@ -99,7 +104,7 @@ TEST_CASE("a buffer that is not aligned to 16 bytes is a reason") {
 TEST_CASE("a step with scales near the ends of FP32's range takes the general code") {
   const Shape shape = {128, 256};
   for (const Context& ctx : test_contexts()) {
-    for (const StateFormats& formats : {kO2, kO2Transposed}) {
+    for (const StateFormats& formats : {kO2, kO2Transposed, kO2Tiles}) {
       AdamwModel model(ctx, {.seed = 3},
                        {{.shape = shape, .formats = formats, .gradient = DType::e4m3}});
       CHECK(model.optimizer().general_code_reason(0) == "");

@@ -15,7 +15,7 @@ std::vector<ParamCase> cases_of(const StateFormats& formats, DType gradient) {
   for (const Shape& shape : kShapes) {
     const bool small = shape.numel() < 100;
     StateFormats own = small ? kPlain : formats;
-    if (shape.rank() != 2 && own.weight == WeightFormat::e4m3_and_transpose) {
+    if (shape.rank() != 2 && needs_matrix(own.weight)) {
       own.weight = WeightFormat::e4m3;
     }
     cases.push_back({shape, own, small ? DType::f32 : gradient, small ? 0.0f : 0.1f});
@@ -89,6 +89,7 @@ class Group {
       const auto weight = [p](const AdamwModel& m) { return plane_of(m.weight_view(p)); };
       append(all, gather(i, weight, false));
       append(all, gather_transposed(i));
+      append(all, gather_scales(i));
       const void* const weight_data = models_[0]->weight_view(p).data;
       const bool own_master =
           weight_data == nullptr || models_[0]->optimizer().master(p).data != weight_data;
@@ -213,6 +214,35 @@ class Group {
     return whole;
   }
 
+  /// The scales of the blocks of weight i and of its transposed copy, those of every element from
+  /// its owner.
+  std::vector<std::uint8_t> gather_scales(std::size_t i) const {
+    const int p = static_cast<int>(i);
+    const WeightFormat format = models_[0]->formats(p).weight;
+    if (!has_block_scales(format)) return {};
+    const BlockKind kind{granularity_of(format)};
+    const std::int64_t rows = kShapes[i][0], columns = kShapes[i][1];
+    const ScalePlaces places{kind, rows, columns}, turned{kind, columns, rows};
+    const bool has_copy = is_transposed(format);
+    Codes whole(places.bytes()), whole_turned(has_copy ? turned.bytes() : 0);
+    for (std::size_t owner = 0; owner < models_.size(); ++owner) {
+      const AdamwModel& model = *models_[owner];
+      const Codes held = model.block_weight(p).scales;
+      const Codes held_turned = has_copy ? model.block_weight_transposed(p).scales : Codes();
+      for (const Piece& piece : pieces_[owner][i]) {
+        for (std::int64_t k = piece.begin; k < piece.begin + piece.count; ++k) {
+          const std::int64_t row = k / columns, column = k % columns;
+          std::copy_n(&held[places.of(row, column)], 4, &whole[places.of(row, column)]);
+          if (!has_copy) continue;
+          std::copy_n(&held_turned[turned.of(column, row)], 4,
+                      &whole_turned[turned.of(column, row)]);
+        }
+      }
+    }
+    append(whole, whole_turned);
+    return whole;
+  }
+
   Context ctx_;
   std::vector<std::unique_ptr<AdamwModel>> models_;
   std::vector<std::vector<std::vector<Piece>>> pieces_;
@@ -223,7 +253,7 @@ class Group {
 TEST_CASE("sharded pieces give the bits of the whole for 2, 3 and 4 owners") {
   for (const Context& ctx : test_contexts()) {
     for (const StateFormats& formats :
-         {kPlain, kO0, kO1, kO2, kSmall, kSmallTransposed, kBlocksAlone}) {
+         {kPlain, kO0, kO1, kO2, kSmall, kSmallTransposed, kBlocksAlone, kRowBlocks, kTiles}) {
       for (float max_norm : {0.0f, 1.0f}) {
         const DType gradient = formats == kPlain ? DType::f32 : DType::e4m3;
         Group whole(ctx, {.seed = 4}, formats, gradient, 1);

@@ -22,6 +22,11 @@ inline const StateFormats kSmall = {WeightFormat::e4m3, StateFormat::split, Stat
 inline const StateFormats kSmallTransposed = {WeightFormat::e4m3_and_transpose, StateFormat::split,
                                               StateFormat::e4m3_block,
                                               StateFormat::sqrt_e4m3_block};
+/// Weights with scales of blocks: matrices only.
+inline const StateFormats kRowBlocks = {WeightFormat::e4m3_row_block, StateFormat::f32,
+                                        StateFormat::e4m3_block, StateFormat::f16};
+inline const StateFormats kTiles = {WeightFormat::e4m3_tile_and_transpose, StateFormat::f16,
+                                    StateFormat::e4m3, StateFormat::f16};
 inline const StateFormats kBlocksAlone = {WeightFormat::none, StateFormat::f32,
                                           StateFormat::e4m3_block, StateFormat::sqrt_e4m3_block};
 

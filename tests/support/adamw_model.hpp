@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "octet/optim/adamw.hpp"
+#include "support/adamw_blocks.hpp"
 #include "support/adamw_formats.hpp"
-#include "support/adamw_stored.hpp"
 #include "support/devices.hpp"
 
 namespace octet::test {
@@ -38,7 +38,7 @@ class AdamwModel {
       const WeightFormat format = what.formats.weight;
       weights_.push_back(format == WeightFormat::none ? Tensor()
                                                       : Tensor(ctx, dtype_of(format), what.shape));
-      const bool transposed = format == WeightFormat::e4m3_and_transpose && what.shape.rank() == 2;
+      const bool transposed = is_transposed(format) && what.shape.rank() == 2;
       transposed_.push_back(transposed ? Tensor(ctx, DType::e4m3, {what.shape[1], what.shape[0]})
                                        : Tensor());
       gradients_.emplace_back(ctx, what.gradient, what.shape);
@@ -87,8 +87,19 @@ class AdamwModel {
     optimizer_->step({.lr = lr, .max_norm = max_norm, .nonfinite = flag()});
   }
 
+  /// Of a weight in blocks the values are those that the codes and the blocks' scales stand for.
   Stored weight(int i) const {
-    return read_tensor(ctx_, {weights_[at(i)].view(), optimizer_->weight_scale(i)});
+    Stored stored = read_tensor(ctx_, {weights_[at(i)].view(), optimizer_->weight_scale(i)});
+    if (has_block_scales(cases_[at(i)].formats.weight)) {
+      decode_blocks(stored, cases_[at(i)].shape, granularity_of(cases_[at(i)].formats.weight),
+                    block_weight(i));
+    }
+    return stored;
+  }
+  /// Codes and scales of a weight in blocks, and of its transposed copy.
+  Blocks block_weight(int i) const { return read_blocks(ctx_, optimizer_->block_weight(i)); }
+  Blocks block_weight_transposed(int i) const {
+    return read_blocks(ctx_, optimizer_->block_weight_transposed(i));
   }
   std::vector<std::uint8_t> transposed_weight(int i) const {
     return download_bytes(ctx_, transposed_[at(i)].view());
@@ -120,6 +131,7 @@ class AdamwModel {
     };
     append(download_bytes(ctx_, weights_[at(i)].view()));
     append(download_bytes(ctx_, transposed_[at(i)].view()));
+    append(block_scale_bytes(ctx_, *optimizer_, i, cases_[at(i)].formats.weight));
     std::vector<TensorScale> scales = {
         download_one<TensorScale>(ctx_, optimizer_->weight_scale(i))};
     for (const StateView& view : {optimizer_->master(i), optimizer_->m(i), optimizer_->v(i)}) {
@@ -140,6 +152,7 @@ class AdamwModel {
   }
 
   const Context& context() const { return ctx_; }
+  const StateFormats& formats(int i) const { return cases_[at(i)].formats; }
   AdamW& optimizer() { return *optimizer_; }
   const TensorView& weight_view(int i) const { return weights_[at(i)].view(); }
   const TensorView& transposed_view(int i) const { return transposed_[at(i)].view(); }

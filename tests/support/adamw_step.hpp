@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "support/adamw_model.hpp"
+#include "support/compare.hpp"
 
 namespace octet::test {
 
@@ -65,11 +66,33 @@ inline std::string scale_error(const Stored& stored, double bound, const std::st
   return stored.blocks.empty() ? text.str() : text.str() + block_error(stored, what);
 }
 
+/// A weight in blocks is what a cast with scales of blocks makes of the decoded master, and the
+/// transposed copy what it makes of the transpose.
+inline std::string block_weight_error(const AdamwModel& model, int i, WeightFormat format,
+                                      const Shape& shape) {
+  const BlockKind kind{granularity_of(format)};
+  const auto difference = [&](const Doubles& values, const Shape& of, const Blocks& actual) {
+    CastCounters counters;
+    const Blocks expected = reference_blocks(values, of, of, kind, DType::e4m3, counters);
+    const std::string codes = first_difference(actual.codes, expected.codes);
+    if (!codes.empty()) return "codes of the weight: " + codes;
+    const std::string scales = first_difference(actual.scales, expected.scales);
+    return scales.empty() ? scales : "scales of the weight's blocks: " + scales;
+  };
+  const Doubles master = model.master(i).values;
+  const std::string error = difference(master, shape, model.block_weight(i));
+  if (!error.empty() || !is_transposed(format)) return error;
+  const std::string of_copy =
+      difference(turned(master, shape), {shape[1], shape[0]}, model.block_weight_transposed(i));
+  return of_copy.empty() ? of_copy : "transposed: " + of_copy;
+}
+
 /// The compute weight is the nearest code to the stored master, ties to even, of a split master
 /// away from zero; the transposed one is the same plane with rows and columns exchanged.
 inline std::string weight_error(const AdamwModel& model, int i, const StateFormats& f,
                                 const Shape& shape) {
   if (f.weight == WeightFormat::none || f.weight == WeightFormat::f32) return {};
+  if (has_block_scales(f.weight)) return block_weight_error(model, i, f.weight, shape);
   const Stored weight = model.weight(i), master = model.master(i);
   const FormatTable& table = weight.table();
   const bool split = f.master == StateFormat::split;
@@ -125,7 +148,8 @@ class StepChecker {
     std::string error = scale_error(m, r.beta1 * amax(old_m_) + (1 - r.beta1) * g, "m");
     error += scale_error(v, r.beta2 * amax(old_v_) + (1 - r.beta2) * g * g, "v");
     error += scale_error(w, bound_w, "master");
-    if (has_weight()) error += scale_error(model_.weight(i_), bound_w, "weight");
+    const bool has_blocks = has_block_scales(formats_.weight);
+    if (has_weight()) error += scale_error(model_.weight(i_), has_blocks ? 0 : bound_w, "weight");
     Doubles tops_m(m.blocks.size(), 0.0), errors_m = tops_m;
     Doubles tops_v(v.blocks.size(), 0.0), errors_v = tops_v;
     for (std::size_t k = 0; k < g_.size() && error.empty(); ++k) {

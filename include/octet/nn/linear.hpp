@@ -26,7 +26,8 @@ struct LinearConfig {
   /// Of the weight that calls pass: e4m3 with a scale for the whole tensor (an Engine's compute
   /// weight), f32, bf16 or f16.
   /// e4m3 codes go into FP8 GEMMs as they are, for blockwise and mxfp8 with that scale for every
-  /// block; the others are cast by the recipe (delayed too casts them by their own amax).
+  /// block unless calls pass a block_weight; the others are cast by the recipe (delayed too casts
+  /// them by their own amax).
   DType weight_dtype = DType::e4m3;
   /// Calls pass a bias.
   bool bias = false;
@@ -46,6 +47,9 @@ struct LinearConfig {
 struct LinearForward {
   TensorView x = {};       ///< [T, K] f32, bf16 or f16; T <= max_tokens, any T
   ScaledView weight = {};  ///< [N, K] of weight_dtype; with its scale if that is e4m3
+  /// Instead of `weight`, with the recipe blockwise and weight_dtype e4m3: [N, K] e4m3 with scales
+  /// of tiles, as AdamW::block_weight() has them. The GEMM takes it as it is.
+  BlockScaledView block_weight = {};
   /// [N] f32, bf16 or f16, where the configuration says so: added in BF16, so one that is not BF16
   /// is rounded first.
   TensorView bias = {};
@@ -58,11 +62,15 @@ struct LinearForward {
 };
 
 struct LinearBackward {
-  TensorView dy = {};      ///< [T, N] f32, bf16 or f16
-  ScaledView weight = {};  ///< as in the forward
+  TensorView dy = {};                 ///< [T, N] f32, bf16 or f16
+  ScaledView weight = {};             ///< as in the forward
+  BlockScaledView block_weight = {};  ///< as in the forward
   /// Optional [K, N] e4m3, for N a multiple of 16: the codes of an e4m3 weight transposed, as
   /// AdamW writes them with WeightFormat::e4m3_and_transpose. Without it dx costs a transposition.
   TensorView weight_transposed = {};
+  /// Optional, the same for block_weight: [K, N] e4m3 with scales of tiles, as AdamW writes it with
+  /// WeightFormat::e4m3_tile_and_transpose. Without it codes and scales are transposed.
+  BlockScaledView block_weight_transposed = {};
   TensorView dx = {};  ///< [T, K] f32 or bf16, overwritten; optional
   /// Optional [T, K] bf16: x is gelu(input_pre_activation), of a Linear before this one that has it
   /// as its pre_activation(). dx becomes the gradient for that: the GEMM multiplies by gelu'.

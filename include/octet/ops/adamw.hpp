@@ -73,11 +73,16 @@ struct alignas(16) AdamwTensor {
   void* v = nullptr;
   float* v_blocks = nullptr;
   TensorScale* v_scale = nullptr;
-  /// Compute weight written by the update; null where none is or where the FP32 master is it.
+  /// Compute weight written by the update; null where none is or where the FP32 master is it. Its
+  /// scale is 1 where its blocks have scales, and has its amax.
   void* weight = nullptr;
   TensorScale* weight_scale = nullptr;
-  /// Of e4m3_and_transpose: [columns, rows], with the weight's scale.
+  /// Scales of the weight's blocks in the layout of its granularity, padding included.
+  float* weight_blocks = nullptr;
+  /// Of a format that is also transposed: [columns, rows], with the weight's scale or, of tiles,
+  /// with scales of its own.
   void* weight_transposed = nullptr;
+  float* weight_transposed_blocks = nullptr;
   std::int64_t rows = 0, columns = 0;
 
   DType gradient_dtype = DType::f32;
@@ -193,8 +198,8 @@ void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 
 /// Second half: the update of numerics section 3 over all segments in one pass; writes m, v,
-/// master, the compute weight and their amax. Stream-ordered, one launch. Deterministic; equal bits
-/// on CPU and CUDA and for every sharding.
+/// master, the compute weight and their amax. The segments of a panel must be there together.
+/// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA and for every sharding.
 void adamw_update(const Context& ctx, const AdamwArgs& args);
 
 struct AdamwInit {

@@ -20,13 +20,17 @@ struct AdamwRow {
 };
 
 /// The levels' formats with the gradients of a whole and of a sharded optimizer, O2 with a
-/// transposed weight, and FP32 for what no level manages.
+/// transposed weight or one in tiles, and FP32 for what no level manages.
 inline constexpr AdamwRow kAdamwRows[] = {
     // O2 and O3
     {DType::e4m3, {WeightFormat::e4m3, StateFormat::f16, StateFormat::e4m3, StateFormat::f16}},
     {DType::f32, {WeightFormat::e4m3, StateFormat::f16, StateFormat::e4m3, StateFormat::f16}},
     {DType::e4m3,
      {WeightFormat::e4m3_and_transpose, StateFormat::f16, StateFormat::e4m3, StateFormat::f16}},
+    {DType::e4m3, {WeightFormat::e4m3_tile, StateFormat::f16, StateFormat::e4m3, StateFormat::f16}},
+    {DType::e4m3,
+     {WeightFormat::e4m3_tile_and_transpose, StateFormat::f16, StateFormat::e4m3,
+      StateFormat::f16}},
     // small_formats()
     {DType::e4m3,
      {WeightFormat::e4m3, StateFormat::split, StateFormat::e4m3_block,
@@ -60,12 +64,16 @@ OCTET_HD inline bool is_aligned_for_row(const AdamwTensor& t) {
              16 ==
          0;
 }
-/// A transpose in tiles of 128 x 128, whole vectors of a column and 32-bit offsets within a tile.
-/// (The last rows % 128 rows go by the general code.)
+/// Whether the update goes through a matrix in tiles of 128 x 128.
+OCTET_HD constexpr bool goes_by_tiles(const AdamwTensor& t) {
+  return needs_matrix(t.formats.weight);
+}
+/// Whole tiles with 32-bit offsets and, of a transpose, whole vectors of a column. (The last rows %
+/// 128 rows go by the general code.)
 OCTET_HD constexpr bool is_shaped_for_row(const AdamwTensor& t) {
-  return t.formats.weight != WeightFormat::e4m3_and_transpose ||
-         (t.rows % 8 == 0 && t.rows >= 128 && t.columns % 128 == 0 &&
-          t.columns <= (std::int64_t{1} << 23));
+  return !goes_by_tiles(t) ||
+         (t.rows >= 128 && t.columns % 128 == 0 && t.columns <= (std::int64_t{1} << 23) &&
+          (t.rows % 8 == 0 || !is_transposed(t.formats.weight)));
 }
 /// Smaller ones make operands of the update subnormal.
 inline constexpr float kSmallestEpsForRow = 0x1p-44f;

@@ -51,6 +51,10 @@ void block_dequantize(const Context& ctx, const BlockScaledView& in, const Tenso
 /// Stream-ordered. Deterministic, equal bits on CPU and CUDA.
 void broadcast_scale(const Context& ctx, const TensorScale* scale, const BlockScaledView& out);
 
+/// Transposes an FP8 matrix [R, C] with scales of tiles into `out`, [C, R rounded up to a multiple
+/// of 16] and of tiles too: codes and scales, with zeros as padding. Stream-ordered. Exact.
+void transpose_tiles(const Context& ctx, const BlockScaledView& in, const BlockScaledView& out);
+
 /// mx scales from compact to gemm_ready; the padding becomes zero. rows and columns are those of
 /// the matrix. Stream-ordered. Exact.
 void make_gemm_ready(const Context& ctx, const void* compact, std::int64_t rows,

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string_view>
 
-#include "octet/core/dtype.hpp"
+#include "octet/core/block_scales.hpp"
 
 namespace octet {
 
@@ -26,15 +26,24 @@ enum class WeightFormat : std::uint8_t {
   bf16,                ///< rounded from the master
   e4m3,                ///< rounded from the master, one scale for the tensor
   e4m3_and_transpose,  ///< the same, and once more with rows and columns exchanged
+  // Of matrices, with the scales that block_quantize makes of the stored master (block_scales.hpp):
+  e4m3_row_block,           ///< a scale for every 128 of a row
+  e4m3_tile,                ///< a scale for every 128 rows by 128 columns
+  e4m3_tile_and_transpose,  ///< the same, codes and scales once more transposed
 };
 
 /// The formats that exist, in any combination: checks, messages, documentation and tests go by
 /// these lists. Two rules bind them: a weight in f32 is its own master, so the master is f32; a
-/// split master is half E4M3 weight, so the weight is e4m3 or e4m3_and_transpose.
+/// split master is half an E4M3 weight of one scale, so the weight is e4m3 or e4m3_and_transpose.
 inline constexpr DType kGradientFormats[] = {DType::f32, DType::bf16, DType::e4m3};
-inline constexpr WeightFormat kWeightFormats[] = {WeightFormat::none, WeightFormat::f32,
-                                                  WeightFormat::bf16, WeightFormat::e4m3,
-                                                  WeightFormat::e4m3_and_transpose};
+inline constexpr WeightFormat kWeightFormats[] = {WeightFormat::none,
+                                                  WeightFormat::f32,
+                                                  WeightFormat::bf16,
+                                                  WeightFormat::e4m3,
+                                                  WeightFormat::e4m3_and_transpose,
+                                                  WeightFormat::e4m3_row_block,
+                                                  WeightFormat::e4m3_tile,
+                                                  WeightFormat::e4m3_tile_and_transpose};
 inline constexpr StateFormat kMasterFormats[] = {StateFormat::f32, StateFormat::f16,
                                                  StateFormat::split};
 inline constexpr StateFormat kMFormats[] = {StateFormat::f32, StateFormat::bf16, StateFormat::e4m3,
@@ -79,8 +88,37 @@ constexpr std::size_t state_bytes(StateFormat format, std::int64_t elements) {
          static_cast<std::size_t>(block_count(format, elements)) * sizeof(float);
 }
 
-OCTET_HD constexpr bool is_e4m3(WeightFormat format) {
+/// Whether the weight is an E4M3 matrix with a scale for every block.
+OCTET_HD constexpr bool has_block_scales(WeightFormat format) {
+  return format == WeightFormat::e4m3_row_block || format == WeightFormat::e4m3_tile ||
+         format == WeightFormat::e4m3_tile_and_transpose;
+}
+
+/// What of such a weight shares a scale.
+OCTET_HD constexpr Granularity granularity_of(WeightFormat format) {
+  return format == WeightFormat::e4m3_row_block ? Granularity::row_block
+         : has_block_scales(format)             ? Granularity::tile
+                                                : Granularity::tensor;
+}
+
+/// Whether the weight is E4M3 with one scale.
+OCTET_HD constexpr bool has_tensor_scale(WeightFormat format) {
   return format == WeightFormat::e4m3 || format == WeightFormat::e4m3_and_transpose;
+}
+
+/// Whether the update also writes the transposed weight.
+OCTET_HD constexpr bool is_transposed(WeightFormat format) {
+  return format == WeightFormat::e4m3_and_transpose ||
+         format == WeightFormat::e4m3_tile_and_transpose;
+}
+
+/// Whether the weight must be that of a matrix.
+OCTET_HD constexpr bool needs_matrix(WeightFormat format) {
+  return has_block_scales(format) || is_transposed(format);
+}
+
+OCTET_HD constexpr bool is_e4m3(WeightFormat format) {
+  return has_tensor_scale(format) || has_block_scales(format);
 }
 
 /// Element type of a weight; of `none`, which has no elements, f32.
@@ -95,7 +133,14 @@ constexpr std::string_view name_of(StateFormat format) {
 }
 
 constexpr std::string_view name_of(WeightFormat format) {
-  constexpr std::string_view kNames[] = {"none", "f32", "bf16", "e4m3", "e4m3_and_transpose"};
+  constexpr std::string_view kNames[] = {"none",
+                                         "f32",
+                                         "bf16",
+                                         "e4m3",
+                                         "e4m3_and_transpose",
+                                         "e4m3_row_block",
+                                         "e4m3_tile",
+                                         "e4m3_tile_and_transpose"};
   return kNames[static_cast<int>(format)];
 }
 

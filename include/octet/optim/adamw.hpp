@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "octet/core/block_scales.hpp"
 #include "octet/ops/adamw_rows.hpp"
 #include "octet/runtime/tensor.hpp"
 
@@ -38,8 +39,8 @@ struct AdamWParam {
   bool gradient_is_shard = false;
   /// Compute weight, whole, in formats.weight; of an f32 weight the master too; empty for `none`.
   TensorView weight = {};
-  /// For e4m3_and_transpose the transposed weight [columns, rows] of a matrix, whole; else empty. A
-  /// step writes what belongs to this rank's pieces.
+  /// For a format that is also transposed the transposed weight [columns, rows] of a matrix, whole;
+  /// else empty. A step writes what belongs to this rank's pieces.
   TensorView weight_transposed = {};
   /// Pieces of this parameter that this rank updates, unions of whole panels; Piece::tensor is
   /// ignored. Not set: all of it.
@@ -72,9 +73,9 @@ struct StateView {
 /// decided on the device (numerics section 3).
 /// On CUDA the rows of kAdamwRows are fast (docs/performance.md), with stochastic rounding,
 /// decoupled weight decay, eps of 2^-44 or more, buffers aligned to 16 bytes and scales far from
-/// the ends of FP32's range; a transposed weight where it has whole tiles of 128 x 128. Everything
-/// else takes general code with the same bits in several times the time; general_code_reason()
-/// tells.
+/// the ends of FP32's range; a weight that is transposed or in tiles where it has whole ones of
+/// 128 x 128. Everything else takes general code with the same bits in several times the time;
+/// general_code_reason() tells.
 ///
 /// Memory is taken in the constructor; measure() and step() allocate nothing, do not
 /// synchronise and can be captured. Deterministic; equal bits on CPU and CUDA and, given the same
@@ -115,8 +116,16 @@ class AdamW {
   /// What adamw_prepare decided for parameter i, in device memory, as of the last step that was
   /// applied; undefined before that and after one that was skipped.
   const AdamwTensorStep* tensor_step(int i) const;
-  /// Scale of the compute weight of parameter i, in device memory, as of the last step.
+  /// Scale of the compute weight of parameter i, in device memory, as of the last step. Where its
+  /// blocks have scales this one is 1 and has the amax.
   TensorScale* weight_scale(int i) const;
+  /// The compute weight of parameter i with the scales of its blocks, which the optimizer owns, as
+  /// of the last step: what block_quantize() makes of the decoded master. A step writes what
+  /// belongs to this rank's pieces. Throws octet::Error for weights without scales of blocks.
+  BlockScaledView block_weight(int i) const;
+  /// The transposed copy [columns, rows] of it, with the scales transposed. Throws octet::Error for
+  /// formats other than e4m3_tile_and_transpose.
+  BlockScaledView block_weight_transposed(int i) const;
   /// All scales one after the other ([4 * parameters]: weight, master, m, v): sharded callers take
   /// the maximum of their amax over the ranks after a step.
   TensorScale* scales() const { return scales_.as<TensorScale>(); }
@@ -125,6 +134,7 @@ class AdamW {
   /// Bytes the allocator gave for the states of parameter i.
   struct StateBytes {
     std::size_t master = 0, m = 0, v = 0;
+    std::size_t weight_blocks = 0;  ///< scales of the weight's blocks
   };
   StateBytes state_bytes(int i) const;
 
@@ -148,6 +158,7 @@ class AdamW {
   TensorScale* scale(Slot slot, int i) const;
   void check_index(int i) const;
   std::size_t grow(std::vector<State>& states, StateFormat format, std::int64_t count);
+  std::size_t grow_weight_blocks(const AdamWParam& param);
   std::int32_t group_index(const AdamwHyper& hyper);
   AdamwTensor make_tensor(int i, std::uint64_t random_base);
   AdamwArgs args(const AdamWStep& step) const;
@@ -157,6 +168,7 @@ class AdamW {
   std::vector<AdamWParam> params_;
   std::vector<AdamwHyper> groups_host_;
   std::vector<State> m_, v_, master_;
+  std::vector<Buffer> weight_blocks_, transposed_blocks_;
   std::vector<StateBytes> bytes_;
   std::vector<AdamwTensor> tensors_host_;
   std::vector<Segment> segments_;

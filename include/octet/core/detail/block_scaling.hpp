@@ -88,4 +88,11 @@ constexpr ScaleLayout scale_layout(Granularity granularity, MxLayout mx_layout, 
   return {granularity, mx_layout, rows, columns, pitch};
 }
 
+/// Scale `index` of the transpose, laid out as `to`, of a matrix with scales of tiles.
+OCTET_HD inline float transposed_tile_scale(const float* scales, const ScaleLayout& from,
+                                            const ScaleLayout& to, std::int64_t index) {
+  const ScaleLayout::Element element = to.element_of(index);
+  return to.is_inside(element) ? scales[from.at(element.column, element.row)] : 0.0f;
+}
+
 }  // namespace octet::detail

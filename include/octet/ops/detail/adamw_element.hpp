@@ -3,6 +3,7 @@
 // and the CUDA kernels call these.
 #pragma once
 
+#include "octet/core/detail/block_scaling.hpp"
 #include "octet/core/detail/random.hpp"
 #include "octet/core/detail/stochastic.hpp"
 #include "octet/ops/detail/adamw_math.hpp"
@@ -66,13 +67,24 @@ OCTET_HD std::uint32_t state_code(StateFormat format, bool stochastic, float y,
   return stochastic ? stochastic_code<Bits>(format, y, field) : nearest_code(format, y);
 }
 
-/// Code of the compute weight for the stored master.
+/// Value of the stored master with this code.
+OCTET_HD inline float stored_master(const StateFormats& f, const AdamwTensorStep& s,
+                                    std::uint32_t master) {
+  return decode_state(f.master, master) * s.master_scale_inv;
+}
+
+/// Code of the compute weight for the stored master; `scale` is that of the tensor or of the block.
 OCTET_HD inline std::uint32_t weight_code(const StateFormats& f, const AdamwTensorStep& s,
-                                          std::uint32_t master) {
+                                          std::uint32_t master, float scale) {
   if (f.master == StateFormat::split) return weight_of_split(static_cast<std::uint16_t>(master));
-  const float stored = decode_state(f.master, master) * s.master_scale_inv;
-  return f.weight == WeightFormat::bf16 ? encode_bf16(stored)
-                                        : encode_e4m3(stored * s.weight_scale);
+  const float stored = stored_master(f, s, master);
+  return f.weight == WeightFormat::bf16 ? encode_bf16(stored) : encode_e4m3(stored * scale);
+}
+
+/// The scale of the weights of a block whose largest master has this code (block_quantize's).
+OCTET_HD inline float weight_block_scale(const StateFormats& f, const AdamwTensorStep& s,
+                                         std::uint32_t largest) {
+  return block_scale(stored_master(f, s, largest), E4M3Format::kMax);
 }
 
 /// The scale of a block from the largest magnitude in it: `scale` to encode, `inv` to decode, both
@@ -135,6 +147,10 @@ struct AdamwCodes {
 OCTET_HD constexpr bool has_weight(const StateFormats& f) {
   return f.weight != WeightFormat::none && f.weight != WeightFormat::f32;
 }
+/// Whether an element of the weight can be written as soon as its master is known.
+OCTET_HD constexpr bool has_weight_of_element(const StateFormats& f) {
+  return has_weight(f) && !has_block_scales(f.weight);
+}
 
 /// The codes of a step's values. m_scale and v_scale are those of the tensor or of the block. The
 /// compute weight is the nearest code to the stored master, so that it is a function of the state.
@@ -148,7 +164,7 @@ OCTET_HD inline AdamwCodes encoded(const AdamwTensorStep& s, const StateFormats&
       values.second);
   c.master = state_code<kRandomBitsMaster>(f.master, stochastic, values.master * s.master_scale,
                                            random_field_master(word));
-  if (has_weight(f)) c.weight = weight_code(f, s, c.master);
+  if (has_weight_of_element(f)) c.weight = weight_code(f, s, c.master, s.weight_scale);
   return c;
 }
 
@@ -195,14 +211,17 @@ OCTET_HD inline std::uint32_t amax_of_master(const StateFormats& f, const AdamwT
                                              const AdamwAmax& largest) {
   return amax_of_state(f.master, largest.master, s.master_scale_inv);
 }
-/// The weight of the largest master is the largest weight. Without one of its own it is the master.
+/// The weight of the largest master is the largest weight, also where blocks have scales of their
+/// own: powers of two change no mantissa. Without one of its own it is the master.
 OCTET_HD inline std::uint32_t amax_of_weight(const StateFormats& f, const AdamwTensorStep& s,
                                              const AdamwAmax& largest) {
   if (!has_weight(f)) return amax_of_master(f, s, largest);
-  const std::uint32_t code = weight_code(f, s, largest.master);
-  return magnitude_bits(is_e4m3(f.weight)
-                            ? decode_e4m3(static_cast<std::uint8_t>(code)) * s.weight_scale_inv
-                            : decode_bf16(static_cast<std::uint16_t>(code)));
+  const bool of_block = has_block_scales(f.weight);
+  const float scale = of_block ? weight_block_scale(f, s, largest.master) : s.weight_scale;
+  const float scale_inv = of_block ? inverse_of_power_of_two(scale) : s.weight_scale_inv;
+  const std::uint32_t code = weight_code(f, s, largest.master, scale);
+  return magnitude_bits(is_e4m3(f.weight) ? decode_e4m3(static_cast<std::uint8_t>(code)) * scale_inv
+                                          : decode_bf16(static_cast<std::uint16_t>(code)));
 }
 
 /// One code read from or written to untyped memory.
@@ -253,7 +272,7 @@ OCTET_HD inline AdamwInput load_input(const AdamwTensor& tensor, const AdamwOffs
 
 OCTET_HD inline void store_weight(const AdamwTensor& tensor, std::int64_t i, std::uint32_t code) {
   store_code(tensor.weight, size_of(dtype_of(tensor.formats.weight)), i, code);
-  if (tensor.formats.weight != WeightFormat::e4m3_and_transpose) return;
+  if (!is_transposed(tensor.formats.weight)) return;
   const std::int64_t row = i / tensor.columns, column = i % tensor.columns;
   store_code(tensor.weight_transposed, 1, column * tensor.rows + row, code);
 }
@@ -264,7 +283,7 @@ OCTET_HD inline void store_codes(const AdamwTensor& tensor, const AdamwOffsets& 
   store_code(tensor.m, size_of(f.m), at.state + i, c.m);
   store_code(tensor.v, size_of(f.v), at.state + i, c.v);
   store_code(tensor.master, size_of(f.master), at.master + i, c.master);  // of split the low byte
-  if (has_weight(f)) store_weight(tensor, at.weight + i, c.weight);
+  if (has_weight_of_element(f)) store_weight(tensor, at.weight + i, c.weight);
 }
 
 }  // namespace octet::detail

@@ -2,7 +2,7 @@
 // The state of a tensor before the first step; the CPU loop and the CUDA kernels call these.
 #pragma once
 
-#include "octet/ops/detail/adamw_element.hpp"
+#include "octet/ops/detail/adamw_tiles.hpp"
 
 namespace octet::detail {
 
@@ -56,7 +56,8 @@ OCTET_HD inline std::uint32_t initial_master(const AdamwTensor& tensor, const Te
                       load_element(values.data, values.dtype, i) * tensor.master_scale->scale);
 }
 
-/// Element i of the initial compute weight, which every rank holds whole.
+/// Element i of the initial compute weight, which every rank holds whole; not of one whose blocks
+/// have scales, which is cast like that of a step.
 OCTET_HD inline void initialise_weight(const AdamwTensor& tensor, const TensorView& values,
                                        std::int64_t i) {
   const StateFormats& f = tensor.formats;
@@ -65,7 +66,8 @@ OCTET_HD inline void initialise_weight(const AdamwTensor& tensor, const TensorVi
   if (f.weight == WeightFormat::f32) {
     static_cast<float*>(tensor.master)[i] = bits_float(master);
   } else {
-    store_weight(tensor, i, weight_code(f, initial_step(tensor), master));
+    store_weight(tensor, i,
+                 weight_code(f, initial_step(tensor), master, tensor.weight_scale->scale));
   }
 }
 

@@ -142,7 +142,7 @@ OCTET_HD inline float scaled_max(StateFormat format) {
   }
 }
 OCTET_HD inline float scaled_max(WeightFormat format) {
-  return is_e4m3(format) ? E4M3Format::kMax : 0.0f;
+  return has_tensor_scale(format) ? E4M3Format::kMax : 0.0f;
 }
 
 /// Whether the bounds allow the step. A scaled weight needs a finite bound; without one (beta1^2 >=
