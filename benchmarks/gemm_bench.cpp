@@ -121,6 +121,17 @@ cudaDataType_t cuda_type(DType dtype) {
   }
 }
 
+BareProblem bare_problem(const octet::GemmProblem& p) {
+  return {p.m,
+          p.n,
+          p.k,
+          cuda_type(p.a),
+          cuda_type(p.b),
+          cuda_type(p.d),
+          p.accumulation == octet::Accumulation::fast,
+          p.accumulate};
+}
+
 struct Times {
   Timing octet, bare;
   int algorithms = 0;  ///< that the bare rival tried
@@ -130,10 +141,7 @@ struct Times {
 Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, int rounds) {
   const octet::Context& ctx = gemms.context();
   const Operands operands(ctx, p);
-  BareGemm bare(ctx,
-                {p.m, p.n, p.k, cuda_type(p.a), cuda_type(p.b), cuda_type(p.d),
-                 p.accumulation == octet::Accumulation::fast, p.accumulate},
-                operands.pointers());
+  BareGemm bare(ctx, bare_problem(p), operands.pointers());
   Times times;
   times.algorithms = bare.search();
   gemms.prepare(p);
@@ -153,25 +161,36 @@ Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, int round
   return times;
 }
 
-/// Host microseconds of a call, with the device kept so busy that the host never waits for it.
-double host_us(octet::GemmRegistry& gemms) {
+/// Host microseconds of a call, of the library and of cublasLtMatmul alone.
+struct HostTimes {
+  double octet = 0, bare = 0;
+};
+
+/// The device is kept so busy that the host never waits for it.
+HostTimes host_us(octet::GemmRegistry& gemms) {
   const octet::GemmProblem p{.m = 256, .n = 256, .k = 256, .d = DType::bf16};
   const octet::Context& ctx = gemms.context();
   const Operands operands(ctx, p);
+  BareGemm bare(ctx, bare_problem(p), operands.pointers());
+  bare.search();
   gemms.prepare(p);
   const octet::GemmArgs args = operands.args();
-  constexpr int kCalls = 200;  // fewer than the queue of a stream takes
-  std::vector<double> times;
-  for (int round = 0; round < 11; ++round) {
+  const auto call_us = [&](auto&& call) {
+    constexpr int kCalls = 200;  // fewer than the queue of a stream takes
     ctx.synchronize();
     const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < kCalls; ++i) gemms.run(p, args);
+    for (int i = 0; i < kCalls; ++i) call();
     const std::chrono::duration<double, std::micro> passed =
         std::chrono::steady_clock::now() - start;
-    times.push_back(passed.count() / kCalls);
+    return passed.count() / kCalls;
+  };
+  std::vector<double> octet_us, bare_us;
+  for (int round = 0; round < 11; ++round) {
+    octet_us.push_back(call_us([&] { gemms.run(p, args); }));
+    bare_us.push_back(call_us([&] { bare.run(); }));
   }
   ctx.synchronize();
-  return timing_of(times).median_ms;
+  return {timing_of(octet_us).median_ms, timing_of(bare_us).median_ms};
 }
 
 /// Milliseconds by case from torch_scaled_mm.py.
@@ -248,11 +267,17 @@ int run(const Options& options) {
               .target = kHostTarget,
               .bound = Bound::below,
               .spread = {}};
-  host.value = host_us(gemms);
+  const HostTimes host_times = host_us(gemms);
+  host.value = host_times.octet;
   host.median_ms = host.value / 1e3;
   results.push_back(host);
-  std::printf("\nhost time of a call: %.2f us (below %.0f: %s)\n", host.value, kHostTarget,
-              host.met() ? "yes" : "NO");
+  std::printf("\nhost time of a call: %.2f us (below %.0f: %s), of cublasLtMatmul alone: %.2f us\n",
+              host.value, kHostTarget, host.met() ? "yes" : "NO", host_times.bare);
+  host.name += ", bare cuBLASLt";
+  host.target.reset();
+  host.value = host_times.bare;
+  host.median_ms = host.value / 1e3;
+  results.push_back(host);
   if (!options.json.empty()) {
     write_json(options.json,
                {{"benchmark", "gemm_bench"},
