@@ -80,8 +80,8 @@ void prefer(cublasLtMatmulPreference_t preference, const GemmProblem& problem,
 }
 
 /// The ways to add up a product cut along k. In place, parts are added in whichever order they
-/// come, so that nobody gets the same bits twice: never. Rounding every part to D is one rounding
-/// too many unless D is FP32.
+/// come, and bits differ from run to run: never. Parts rounded to D are rounded once too often
+/// unless D is FP32.
 std::uint32_t reduction_schemes(const GemmProblem& problem) {
   if (problem.deterministic) return CUBLASLT_REDUCTION_SCHEME_NONE;
   if (problem.d != DType::f32) return CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;

@@ -194,7 +194,7 @@ class GemmRegistry {
   /// What prepare() measures is read from this file and added to it, a line per backend, version,
   /// device and problem; a file that does not exist yet is made. Throws octet::Error naming the
   /// line of a file that is not such a list, or a file that cannot be written. Ranks that are to
-  /// compute with the same algorithms are given the same file.
+  /// compute with the same algorithms are given the same file, filled by an earlier run.
   void keep_ranking(std::string file);
 
   struct Choice {
