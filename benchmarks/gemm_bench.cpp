@@ -135,6 +135,7 @@ BareProblem bare_problem(const octet::GemmProblem& p) {
 struct Times {
   Timing octet, bare;
   int algorithms = 0;  ///< that the bare rival tried
+  double prepare_s = 0.0;
 };
 
 /// Batches of both in turn, so that a clock that changes meets both.
@@ -144,7 +145,9 @@ Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, int round
   BareGemm bare(ctx, bare_problem(p), operands.pointers());
   Times times;
   times.algorithms = bare.search();
+  const auto start = std::chrono::steady_clock::now();
   gemms.prepare(p);
+  times.prepare_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const octet::GemmArgs args = operands.args();
   const auto run_octet = [&] { gemms.run(p, args); };
   const auto run_bare = [&] { bare.run(); };
@@ -242,7 +245,7 @@ void add_rows(const Case& c, const Times& times, const std::map<std::string, dou
   ratio.value = rival / times.octet.median_ms;
   ratio.target = kTarget;
   line += " | " + text_of("%.3f", ratio.value) + " | " + (ratio.met() ? "yes" : "NO") + " | " +
-          std::to_string(times.algorithms) + " |";
+          std::to_string(times.algorithms) + " | " + text_of("%.1f", times.prepare_s) + " |";
   results.push_back(ratio);
   std::puts(line.c_str());
   std::fflush(stdout);
@@ -255,7 +258,7 @@ int run(const Options& options) {
   octet::GemmRegistry gemms(gpu.context);
   std::printf(
       "%s\n\nTFLOP/s\n\n| T x N x K, pass | octet | bare cuBLASLt | torch | over the best "
-      "| >= %.2f | algorithms tried |\n|---|---|---|---|---|---|---|\n",
+      "| >= %.2f | algorithms tried | prepare() s |\n|---|---|---|---|---|---|---|---|\n",
       gpu.properties.name, kTarget);
   std::vector<Result> results;
   for (const Case& c : all_cases()) {

@@ -47,7 +47,12 @@ class Plain final : public GemmBackend {
 Result run_on(GemmBackend& backend, const Case& c) {
   Context ctx = Context::cpu();
   ctx.reserve_workspace(backend.query(c.p, {}).workspace_bytes);
-  return run_case(ctx, c, [&](const GemmArgs& args) { backend.run(ctx, c.p, args); });
+  const GemmPlan plan = backend.plan(ctx, c.p);
+  const Result planned = run_case(ctx, c, [&](const GemmArgs& args) { plan(ctx, args); });
+  const Result result =
+      run_case(ctx, c, [&](const GemmArgs& args) { backend.run(ctx, c.p, args); });
+  REQUIRE(first_difference(planned.d, result.d) == "");
+  return result;
 }
 
 }  // namespace

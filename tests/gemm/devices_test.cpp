@@ -74,6 +74,54 @@ TEST_CASE("GEMM on every device: exact for small integers, bounded for others") 
   }
 }
 
+TEST_CASE("GEMM on every device: pointers that change from call to call") {
+  for (const Context& ctx : test_contexts()) {
+    GemmRegistry gemms(ctx);
+    const GemmProblem p{.m = 16, .n = 32, .k = 64, .d = DType::bf16, .bias = true};
+    const GemmProblem q{.m = 16, .n = 32, .k = 64, .d = DType::e4m3};
+    for (const GemmProblem& each : {p, q}) {
+      Context(ctx).reserve_workspace(gemms.choose(each).support.workspace_bytes);
+    }
+    const Buffer ones = upload(ctx, Bytes(32 * 64, 0x38));  // of E4M3: every sum is 64
+    Buffer scales[2], biases[2], amax = upload(ctx, std::vector<float>{1e9f});
+    for (int i = 0; i < 2; ++i) {
+      scales[i] = upload(ctx, std::vector<float>{i == 0 ? 1.0f : 0.25f, 0, 0, 0});
+      biases[i] = upload(ctx, std::vector<std::uint16_t>(32, i == 0 ? 0x0000 : 0x4040));  // 3
+    }
+    const Guarded d(ctx, 16 * 32 * 2);
+    const auto check_all = [&](DType dtype, double wanted) {
+      const Bytes got = d.values<std::uint8_t>();
+      for (std::int64_t i = 0; i < 16 * 32; ++i) {
+        const double value = dtype == DType::bf16
+                                 ? decode_at(got, dtype, i)
+                                 : table_of(dtype).decode(got[static_cast<std::size_t>(i)]);
+        REQUIRE(value == wanted);
+      }
+    };
+    for (int bits : {0, 1, 2, 3, 0, 7, 4, 5, 1, 8, 15, 0, 8}) {
+      INFO(to_string(ctx.device()) << ", pointers " << bits);
+      const int of_a = bits & 1, of_b = bits >> 1 & 1, third = bits >> 2 & 1;
+      const double sum = 64 * (of_a != 0 ? 0.25 : 1) * (of_b != 0 ? 0.25 : 1);
+      GemmArgs args{.a = ones.data(),
+                    .a_scales = scales[of_a].data(),
+                    .b = ones.data(),
+                    .b_scales = scales[of_b].data(),
+                    .d = d.data()};
+      args.bias = biases[third].data();
+      gemms.run(p, args);
+      check_all(p.d, sum + 3 * third);
+      args.bias = nullptr;
+      args.d_scale = scales[third].as<float>();
+      const bool with_amax = (bits & 8) != 0;
+      write_one(ctx, amax.data(), 1e9f);
+      if (with_amax) args.d_amax = amax.as<float>();
+      gemms.run(q, args);
+      check_all(q.d, sum * (third != 0 ? 0.25 : 1));
+      CHECK(static_cast<double>(download_one<float>(ctx, amax.data())) == (with_amax ? sum : 1e9));
+    }
+  }
+}
+
 TEST_CASE("GEMM on every device: products of contexts of their own run in turn") {
   for (const Context& ctx : test_contexts()) {
     GemmRegistry first(ctx), second(ctx);
