@@ -121,22 +121,33 @@ cudaDataType_t cuda_type(DType dtype) {
   }
 }
 
+BareProblem bare_problem(const octet::GemmProblem& p) {
+  return {p.m,
+          p.n,
+          p.k,
+          cuda_type(p.a),
+          cuda_type(p.b),
+          cuda_type(p.d),
+          p.accumulation == octet::Accumulation::fast,
+          p.accumulate};
+}
+
 struct Times {
   Timing octet, bare;
   int algorithms = 0;  ///< that the bare rival tried
+  double prepare_s = 0.0;
 };
 
 /// Batches of both in turn, so that a clock that changes meets both.
 Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, int rounds) {
   const octet::Context& ctx = gemms.context();
   const Operands operands(ctx, p);
-  BareGemm bare(ctx,
-                {p.m, p.n, p.k, cuda_type(p.a), cuda_type(p.b), cuda_type(p.d),
-                 p.accumulation == octet::Accumulation::fast, p.accumulate},
-                operands.pointers());
+  BareGemm bare(ctx, bare_problem(p), operands.pointers());
   Times times;
   times.algorithms = bare.search();
+  const auto start = std::chrono::steady_clock::now();
   gemms.prepare(p);
+  times.prepare_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const octet::GemmArgs args = operands.args();
   const auto run_octet = [&] { gemms.run(p, args); };
   const auto run_bare = [&] { bare.run(); };
@@ -153,25 +164,36 @@ Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, int round
   return times;
 }
 
-/// Host microseconds of a call, with the device kept so busy that the host never waits for it.
-double host_us(octet::GemmRegistry& gemms) {
+/// Host microseconds of a call, of the library and of cublasLtMatmul alone.
+struct HostTimes {
+  double octet = 0, bare = 0;
+};
+
+/// The device is kept so busy that the host never waits for it.
+HostTimes host_us(octet::GemmRegistry& gemms) {
   const octet::GemmProblem p{.m = 256, .n = 256, .k = 256, .d = DType::bf16};
   const octet::Context& ctx = gemms.context();
   const Operands operands(ctx, p);
+  BareGemm bare(ctx, bare_problem(p), operands.pointers());
+  bare.search();
   gemms.prepare(p);
   const octet::GemmArgs args = operands.args();
-  constexpr int kCalls = 200;  // fewer than the queue of a stream takes
-  std::vector<double> times;
-  for (int round = 0; round < 11; ++round) {
+  const auto call_us = [&](auto&& call) {
+    constexpr int kCalls = 200;  // fewer than the queue of a stream takes
     ctx.synchronize();
     const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < kCalls; ++i) gemms.run(p, args);
+    for (int i = 0; i < kCalls; ++i) call();
     const std::chrono::duration<double, std::micro> passed =
         std::chrono::steady_clock::now() - start;
-    times.push_back(passed.count() / kCalls);
+    return passed.count() / kCalls;
+  };
+  std::vector<double> octet_us, bare_us;
+  for (int round = 0; round < 11; ++round) {
+    octet_us.push_back(call_us([&] { gemms.run(p, args); }));
+    bare_us.push_back(call_us([&] { bare.run(); }));
   }
   ctx.synchronize();
-  return timing_of(times).median_ms;
+  return {timing_of(octet_us).median_ms, timing_of(bare_us).median_ms};
 }
 
 /// Milliseconds by case from torch_scaled_mm.py.
@@ -223,7 +245,7 @@ void add_rows(const Case& c, const Times& times, const std::map<std::string, dou
   ratio.value = rival / times.octet.median_ms;
   ratio.target = kTarget;
   line += " | " + text_of("%.3f", ratio.value) + " | " + (ratio.met() ? "yes" : "NO") + " | " +
-          std::to_string(times.algorithms) + " |";
+          std::to_string(times.algorithms) + " | " + text_of("%.1f", times.prepare_s) + " |";
   results.push_back(ratio);
   std::puts(line.c_str());
   std::fflush(stdout);
@@ -236,7 +258,7 @@ int run(const Options& options) {
   octet::GemmRegistry gemms(gpu.context);
   std::printf(
       "%s\n\nTFLOP/s\n\n| T x N x K, pass | octet | bare cuBLASLt | torch | over the best "
-      "| >= %.2f | algorithms tried |\n|---|---|---|---|---|---|---|\n",
+      "| >= %.2f | algorithms tried | prepare() s |\n|---|---|---|---|---|---|---|---|\n",
       gpu.properties.name, kTarget);
   std::vector<Result> results;
   for (const Case& c : all_cases()) {
@@ -248,11 +270,17 @@ int run(const Options& options) {
               .target = kHostTarget,
               .bound = Bound::below,
               .spread = {}};
-  host.value = host_us(gemms);
+  const HostTimes host_times = host_us(gemms);
+  host.value = host_times.octet;
   host.median_ms = host.value / 1e3;
   results.push_back(host);
-  std::printf("\nhost time of a call: %.2f us (below %.0f: %s)\n", host.value, kHostTarget,
-              host.met() ? "yes" : "NO");
+  std::printf("\nhost time of a call: %.2f us (below %.0f: %s), of cublasLtMatmul alone: %.2f us\n",
+              host.value, kHostTarget, host.met() ? "yes" : "NO", host_times.bare);
+  host.name += ", bare cuBLASLt";
+  host.target.reset();
+  host.value = host_times.bare;
+  host.median_ms = host.value / 1e3;
+  results.push_back(host);
   if (!options.json.empty()) {
     write_json(options.json,
                {{"benchmark", "gemm_bench"},

@@ -18,8 +18,13 @@ inline void check_cuda(cudaError_t status, const char* statement, const char* fi
 #define OCTET_CUDA_CHECK(statement) \
   ::octet::detail::cuda::check_cuda((statement), #statement, __FILE_NAME__, __LINE__)
 
-/// Makes the context's device the calling thread's current one.
-inline void set_device(const Context& ctx) { OCTET_CUDA_CHECK(cudaSetDevice(ctx.device().index)); }
+/// Makes the context's device the calling thread's current one. Nearly always it is already, and
+/// asking costs the host less than saying so again.
+inline void set_device(const Context& ctx) {
+  int current = -1;
+  OCTET_CUDA_CHECK(cudaGetDevice(&current));
+  if (current != ctx.device().index) OCTET_CUDA_CHECK(cudaSetDevice(ctx.device().index));
+}
 
 /// Whether a kernel was compiled for this architecture (90 for sm_90) or a newer one, whatever the
 /// device is: what it may use of the hardware was decided then.

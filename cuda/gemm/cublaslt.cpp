@@ -5,7 +5,6 @@
 
 #include "cuda/check.hpp"
 #include "cuda/gemm/cublaslt_plan.hpp"
-#include "cuda/runtime/runtime.hpp"
 #include "octet/gemm/cublaslt.hpp"
 #include "octet/gemm/detail/cublaslt_rules.hpp"
 #include "octet/gemm/epilogue.hpp"
@@ -17,8 +16,7 @@ namespace {
 class CublasLtGemm final : public GemmBackend {
  public:
   explicit CublasLtGemm(const Context& ctx)
-      : device_{DeviceType::cuda, compute_capability(ctx.device().index), {}},
-        workspace_(ctx, kGemmWorkspaceBytes) {
+      : device_(gemm_device(ctx)), workspace_(ctx, kGemmWorkspaceBytes) {
     set_device(ctx);
     cublasLtHandle_t handle = nullptr;
     const cublasStatus_t status = cublasLtCreate(&handle);
@@ -57,25 +55,39 @@ class CublasLtGemm final : public GemmBackend {
 
   void run(const Context& ctx, const GemmProblem& problem, const GemmArgs& args) override {
     set_device(ctx);
-    const Entry& entry = entry_of(problem);
-    if (!entry.in_two_passes) return multiply(ctx, entry, args);
-    WorkspaceScope scope(ctx);
-    GemmArgs product = args;
-    product.d = scope.take(static_cast<std::size_t>(problem.m * problem.n) * sizeof(float));
-    product.bias = nullptr;
-    product.aux = nullptr;
-    product.d_scale = nullptr;
-    product.d_amax = nullptr;
-    multiply(ctx, entry, product);
-    apply_epilogue(ctx, problem, static_cast<const float*>(product.d), args);
+    run_entry(ctx, entry_of(problem), args);
+  }
+
+  GemmPlan plan(const Context& ctx, const GemmProblem& problem) override {
+    set_device(ctx);
+    Entry* const entry = &entry_of(problem);  // entries of the map stay where they are
+    return [this, entry](const Context& of_call, const GemmArgs& args) {
+      set_device(of_call);
+      run_entry(of_call, *entry, args);
+    };
   }
 
  private:
   struct Entry {
-    GemmProblem product;
+    GemmProblem problem;
+    GemmProblem product;  ///< what the library computes of it
     bool in_two_passes = false;
-    GemmPlan plan;
+    LtPlan plan;
   };
+
+  void run_entry(const Context& ctx, Entry& entry, const GemmArgs& args) {
+    if (!entry.in_two_passes) return multiply(ctx, entry, args);
+    const GemmProblem& problem = entry.problem;
+    WorkspaceScope scope(ctx);
+    void* const sums = scope.take(static_cast<std::size_t>(problem.m * problem.n) * sizeof(float));
+    multiply(ctx, entry,
+             {.a = args.a,
+              .a_scales = args.a_scales,
+              .b = args.b,
+              .b_scales = args.b_scales,
+              .d = sums});
+    apply_epilogue(ctx, problem, static_cast<const float*>(sums), args);
+  }
 
   /// The plan of a problem, made when it is first asked for.
   Entry& entry_of(const GemmProblem& problem) {
@@ -86,12 +98,13 @@ class CublasLtGemm final : public GemmBackend {
             ": cublaslt cannot run it: ", how.support.reason);
     const GemmProblem& product = how.in_two_passes ? how.product : problem;
     return entries_
-        .emplace(problem, Entry{product, how.in_two_passes, make_plan(handle_.get(), product)})
+        .emplace(problem,
+                 Entry{problem, product, how.in_two_passes, make_plan(handle_.get(), product)})
         .first->second;
   }
 
-  void multiply(const Context& ctx, const Entry& entry, const GemmArgs& args) {
-    const GemmPlan& plan = entry.plan;
+  void multiply(const Context& ctx, Entry& entry, const GemmArgs& args) {
+    LtPlan& plan = entry.plan;
     set_pointers(plan, entry.product, args);
     const float one = 1.0f;
     const float beta = entry.product.accumulate ? 1.0f : 0.0f;

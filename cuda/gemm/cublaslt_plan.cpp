@@ -11,8 +11,11 @@
 namespace octet::detail::cuda {
 namespace {
 
-/// What GemmArgs promises. The library assumes 256 unless it is told.
+/// What GemmArgs promises.
 constexpr std::uint32_t kPointerAlignment = 16;
+/// What the library assumes, and offers other algorithms for, unless it is told. Those of them that
+/// do without are of use.
+constexpr std::uint32_t kUsualAlignment = 256;
 /// The heuristic hands out at most eight for FP8, whatever is asked for.
 constexpr int kMostAnswers = 16;
 /// Asked without workspace, the heuristic offers other algorithms, too.
@@ -62,7 +65,7 @@ OwnedCublas<cublasLtMatrixLayout_t> make_layout(const GemmProblem& problem, DTyp
 }
 
 template <class T>
-void set(const GemmPlan& plan, const GemmProblem& problem, cublasLtMatmulDescAttributes_t attribute,
+void set(const LtPlan& plan, const GemmProblem& problem, cublasLtMatmulDescAttributes_t attribute,
          const T& value) {
   OCTET_CUBLAS_CHECK(
       cublasLtMatmulDescSetAttribute(plan.operation.get(), attribute, &value, sizeof(value)),
@@ -76,46 +79,103 @@ void prefer(cublasLtMatmulPreference_t preference, const GemmProblem& problem,
       cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)), problem);
 }
 
+/// The ways to add up a product cut along k. In place, parts are added in whichever order they
+/// come, and bits differ from run to run: never. Parts rounded to D are rounded once too often
+/// unless D is FP32.
+std::uint32_t reduction_schemes(const GemmProblem& problem) {
+  if (problem.deterministic) return CUBLASLT_REDUCTION_SCHEME_NONE;
+  if (problem.d != DType::f32) return CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+  return CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+}
+
 OwnedCublas<cublasLtMatmulPreference_t> make_preference(const GemmProblem& problem,
-                                                        std::size_t workspace) {
+                                                        std::size_t workspace,
+                                                        std::uint32_t alignment) {
   cublasLtMatmulPreference_t created = nullptr;
   OCTET_CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&created), problem);
   OwnedCublas<cublasLtMatmulPreference_t> preference(created);
   prefer(created, problem, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace);
-  // A product cut along k must be added up in FP32: the other schemes round every part to D, or
-  // add in whichever order parts come.
-  const auto schemes = problem.deterministic ? CUBLASLT_REDUCTION_SCHEME_NONE
-                                             : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-  prefer(created, problem, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-         static_cast<std::uint32_t>(schemes));
+  prefer(created, problem, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction_schemes(problem));
   for (auto attribute :
        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
-    prefer(created, problem, attribute, kPointerAlignment);
+    prefer(created, problem, attribute, alignment);
   }
   return preference;
 }
 
-/// The heuristic's answers, best first.
+/// The heuristic's answers, best first; none where it has nothing within these limits.
 std::vector<cublasLtMatmulAlgo_t> ask(cublasLtHandle_t handle, const GemmProblem& problem,
-                                      const GemmPlan& plan, std::size_t workspace) {
-  const auto preference = make_preference(problem, workspace);
+                                      const LtPlan& plan, std::size_t workspace,
+                                      std::uint32_t alignment) {
+  const auto preference = make_preference(problem, workspace, alignment);
   std::array<cublasLtMatmulHeuristicResult_t, kMostAnswers> found{};
   int count = 0;
-  OCTET_CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(
-                         handle, plan.operation.get(), plan.b.get(), plan.a.get(), plan.c.get(),
-                         plan.d.get(), preference.get(), kMostAnswers, found.data(), &count),
-                     problem);
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+      handle, plan.operation.get(), plan.b.get(), plan.a.get(), plan.c.get(), plan.d.get(),
+      preference.get(), kMostAnswers, found.data(), &count);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
+  check_cublas(status, "cublasLtMatmulAlgoGetHeuristic", problem);
   std::vector<cublasLtMatmulAlgo_t> algorithms;
   for (const auto& answer : std::span(found).first(static_cast<std::size_t>(count))) {
     if (answer.state == CUBLAS_STATUS_SUCCESS) algorithms.push_back(answer.algo);
   }
-  require(!algorithms.empty(), problem, ": cublasLtMatmulAlgoGetHeuristic offers no algorithm");
   return algorithms;
+}
+
+/// Whether pointers aligned as GemmArgs promises are enough for an algorithm.
+bool takes_our_pointers(const cublasLtMatmulAlgo_t& algorithm) {
+  for (auto attribute :
+       {CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_A_BYTES, CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_C_BYTES, CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_D_BYTES}) {
+    std::uint32_t needed = 0;
+    std::size_t written = 0;
+    if (cublasLtMatmulAlgoCapGetAttribute(&algorithm, attribute, &needed, sizeof(needed),
+                                          &written) != CUBLAS_STATUS_SUCCESS ||
+        needed > kPointerAlignment) {
+      return false;
+    }
+  }
+  return true;
 }
 
 bool is_same(const cublasLtMatmulAlgo_t& a, const cublasLtMatmulAlgo_t& b) {
   return std::memcmp(&a, &b, sizeof(a)) == 0;
+}
+
+/// An algorithm but for what variants() changes.
+struct Family {
+  std::int32_t id = 0;
+  std::uint32_t stages = 0;
+  std::uint16_t inner_shape = 0;
+  bool operator==(const Family&) const = default;
+};
+
+Family family_of(const cublasLtMatmulAlgo_t& algorithm) {
+  Family family;
+  const auto read = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, auto& value) {
+    std::size_t written = 0;
+    cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof(value), &written);
+  };
+  read(CUBLASLT_ALGO_CONFIG_ID, family.id);
+  read(CUBLASLT_ALGO_CONFIG_STAGES_ID, family.stages);
+  read(CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID, family.inner_shape);
+  return family;
+}
+
+/// The first algorithm of each of the first few families.
+std::vector<cublasLtMatmulAlgo_t> heads(const std::vector<cublasLtMatmulAlgo_t>& list) {
+  constexpr std::size_t kMostFamilies = 3;
+  std::vector<cublasLtMatmulAlgo_t> firsts;
+  for (const auto& algorithm : list) {
+    const auto is_sibling = [&](const auto& first) {
+      return family_of(first) == family_of(algorithm);
+    };
+    if (firsts.size() < kMostFamilies && std::none_of(firsts.begin(), firsts.end(), is_sibling)) {
+      firsts.push_back(algorithm);
+    }
+  }
+  return firsts;
 }
 
 /// Variants of an algorithm: tile shapes that won on Hopper, the clusters that go with them, and
@@ -161,8 +221,8 @@ void check_cublas(cublasStatus_t status, const char* statement, const GemmProble
        cublasLtGetStatusString(status), ")");
 }
 
-GemmPlan make_plan(cublasLtHandle_t handle, const GemmProblem& p) {
-  GemmPlan plan;
+LtPlan make_plan(cublasLtHandle_t handle, const GemmProblem& p) {
+  LtPlan plan;
   cublasLtMatmulDesc_t operation = nullptr;
   OCTET_CUBLAS_CHECK(cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), p);
   plan.operation.reset(operation);
@@ -201,24 +261,33 @@ GemmPlan make_plan(cublasLtHandle_t handle, const GemmProblem& p) {
   // C must have the type of the bias where D is FP8; it is not read.
   plan.c = make_layout(p, is_fp8(p.d) ? DType::bf16 : p.d, p.m, p.n, row_stride_d(p));
   plan.d = make_layout(p, p.d, p.m, p.n, row_stride_d(p));
-  plan.algorithm = ask(handle, p, plan, kGemmWorkspaceBytes).front();
+  const auto answers = ask(handle, p, plan, kGemmWorkspaceBytes, kPointerAlignment);
+  require(!answers.empty(), p, ": cublasLtMatmulAlgoGetHeuristic offers no algorithm");
+  plan.algorithm = answers.front();
   return plan;
 }
 
-void set_pointers(const GemmPlan& plan, const GemmProblem& p, const GemmArgs& args) {
+void set_pointers(LtPlan& plan, const GemmProblem& p, const GemmArgs& args) {
+  const auto point = [&](cublasLtMatmulDescAttributes_t attribute, const void*& now,
+                         const void* to) {
+    if (now == to) return;
+    set(plan, p, attribute, to);
+    now = to;
+  };
+  auto& now = plan.pointers;
   if (is_fp8(p.a)) {
-    set(plan, p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.b_scales);
-    set(plan, p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.a_scales);
+    point(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, now.b_scales, args.b_scales);
+    point(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, now.a_scales, args.a_scales);
   }
-  if (p.bias) set(plan, p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
-  if (p.aux) set(plan, p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, args.aux);
+  if (p.bias) point(CUBLASLT_MATMUL_DESC_BIAS_POINTER, now.bias, args.bias);
+  if (p.aux) point(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, now.aux, args.aux);
   if (is_fp8(p.d)) {
-    set(plan, p, CUBLASLT_MATMUL_DESC_D_SCALE_POINTER, args.d_scale);
-    set(plan, p, CUBLASLT_MATMUL_DESC_AMAX_D_POINTER, args.d_amax);
+    point(CUBLASLT_MATMUL_DESC_D_SCALE_POINTER, now.d_scale, args.d_scale);
+    point(CUBLASLT_MATMUL_DESC_AMAX_D_POINTER, now.d_amax, args.d_amax);
   }
 }
 
-bool is_runnable(cublasLtHandle_t handle, const GemmPlan& plan,
+bool is_runnable(cublasLtHandle_t handle, const LtPlan& plan,
                  const cublasLtMatmulAlgo_t& algorithm) {
   cublasLtMatmulHeuristicResult_t result{};
   return cublasLtMatmulAlgoCheck(handle, plan.operation.get(), plan.b.get(), plan.a.get(),
@@ -228,19 +297,22 @@ bool is_runnable(cublasLtHandle_t handle, const GemmPlan& plan,
 }
 
 std::vector<cublasLtMatmulAlgo_t> find_algorithms(cublasLtHandle_t handle,
-                                                  const GemmProblem& problem,
-                                                  const GemmPlan& plan) {
+                                                  const GemmProblem& problem, const LtPlan& plan) {
   std::vector<cublasLtMatmulAlgo_t> list;
   const auto add = [&](const cublasLtMatmulAlgo_t& algorithm) {
     const auto is_known = [&](const auto& known) { return is_same(known, algorithm); };
     if (std::none_of(list.begin(), list.end(), is_known)) list.push_back(algorithm);
   };
-  for (std::size_t workspace : kWorkspaceLimits) {
-    for (const auto& algorithm : ask(handle, problem, plan, workspace)) add(algorithm);
+  for (std::uint32_t alignment : {kPointerAlignment, kUsualAlignment}) {
+    for (std::size_t workspace : kWorkspaceLimits) {
+      for (const auto& algorithm : ask(handle, problem, plan, workspace, alignment)) {
+        if (alignment == kPointerAlignment || takes_our_pointers(algorithm)) add(algorithm);
+      }
+    }
   }
-  // By chance a variant can be one that cuts k, which is refused along with the others.
-  if (is_fp8(problem.a)) {
-    for (const auto& algorithm : variants(list.front())) {
+  if (!is_fp8(problem.a)) return list;
+  for (const auto& head : heads(list)) {
+    for (const auto& algorithm : variants(head)) {
       if (is_runnable(handle, plan, algorithm)) add(algorithm);
     }
   }

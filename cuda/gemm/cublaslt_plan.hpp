@@ -32,23 +32,31 @@ using OwnedCublas = std::unique_ptr<std::remove_pointer_t<Pointer>, DestroyCubla
 
 /// In the library's terms D^T [n, m] = B A^T, so our B is its first operand, transposed unless ours
 /// is, and our A is its second.
-struct GemmPlan {
+struct LtPlan {
   OwnedCublas<cublasLtMatmulDesc_t> operation;
   OwnedCublas<cublasLtMatrixLayout_t> a, b, c, d;
   cublasLtMatmulAlgo_t algorithm{};
+  /// What the operation points at.
+  struct {
+    const void *a_scales = nullptr, *b_scales = nullptr, *bias = nullptr, *aux = nullptr,
+               *d_scale = nullptr, *d_amax = nullptr;
+  } pointers;
 };
 
 /// With the algorithm that the library takes for the fastest.
-GemmPlan make_plan(cublasLtHandle_t handle, const GemmProblem& problem);
-/// Points the plan's operation at the scales, bias and aux of a call.
-void set_pointers(const GemmPlan& plan, const GemmProblem& problem, const GemmArgs& args);
+LtPlan make_plan(cublasLtHandle_t handle, const GemmProblem& problem);
+/// Points the plan's operation at the scales, bias and aux of a call, where they are others than
+/// those of the last one.
+void set_pointers(LtPlan& plan, const GemmProblem& problem, const GemmArgs& args);
 
-/// All algorithms worth timing: what the heuristic offers for two sizes of workspace, and around
-/// its first answer other tiles, clusters and variants, of which it misses the best now and then.
+/// All algorithms worth timing, the one that the library takes for the fastest first: what the
+/// heuristic offers for two sizes of workspace and two alignments, and of the first few families
+/// (id, stages, inner shape) among that, other tiles, clusters and variants, of which it misses the
+/// best now and then.
 std::vector<cublasLtMatmulAlgo_t> find_algorithms(cublasLtHandle_t handle,
-                                                  const GemmProblem& problem, const GemmPlan& plan);
+                                                  const GemmProblem& problem, const LtPlan& plan);
 /// Whether the library takes the algorithm for the problem with the workspace there is.
-bool is_runnable(cublasLtHandle_t handle, const GemmPlan& plan,
+bool is_runnable(cublasLtHandle_t handle, const LtPlan& plan,
                  const cublasLtMatmulAlgo_t& algorithm);
 
 /// An algorithm as hexadecimal text, and back; false for what is no such text.

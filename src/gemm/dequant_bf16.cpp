@@ -21,6 +21,7 @@ struct Plan {
   std::size_t a_bytes = 0;  ///< of the operands in BF16; 0 for one that is
   std::size_t b_bytes = 0;
   std::size_t sums_bytes = 0;
+  GemmPlan multiply;  ///< the product on the inner backend
 };
 
 GemmSupport no(std::string reason) { return {GemmVerdict::no, std::move(reason)}; }
@@ -106,50 +107,9 @@ Plan make_plan(const GemmProblem& p, const std::string& inner_name, Ask&& ask) {
   return plan;
 }
 
-GemmDevice device_of(const Context& ctx) {
-  const Device device = ctx.device();
-  if (device.type == DeviceType::cpu) return {};
-  return {DeviceType::cuda, detail::cuda_part().compute_capability(device.index)};
-}
-
-class DequantBf16Gemm final : public GemmBackend {
- public:
-  explicit DequantBf16Gemm(std::unique_ptr<GemmBackend> inner) : inner_(std::move(inner)) {}
-
-  std::string name() const override { return "dequant_bf16"; }
-  std::string version() const override { return inner_->name() + " " + inner_->version(); }
-
-  GemmSupport query(const GemmProblem& problem, const GemmDevice& device) const override {
-    return plan(problem, device).support;
-  }
-  void run(const Context& ctx, const GemmProblem& problem, const GemmArgs& args) override;
-
-  std::vector<std::string> candidates(const Context& ctx, const GemmProblem& problem) override {
-    return inner_->candidates(ctx, plan_of(ctx, problem).product);
-  }
-  bool select(const Context& ctx, const GemmProblem& problem,
-              const std::string& candidate) override {
-    return inner_->select(ctx, plan_of(ctx, problem).product, candidate);
-  }
-
- private:
-  Plan plan(const GemmProblem& problem, const GemmDevice& device) const {
-    return make_plan(problem, inner_->name(),
-                     [&](const GemmProblem& product) { return inner_->query(product, device); });
-  }
-  const Plan& plan_of(const Context& ctx, const GemmProblem& problem) {
-    const auto found = plans_.find(problem);
-    if (found != plans_.end()) return found->second;
-    return plans_.emplace(problem, plan(problem, device_of(ctx))).first->second;
-  }
-
-  std::unique_ptr<GemmBackend> inner_;
-  std::unordered_map<GemmProblem, Plan, GemmProblemHash> plans_;
-};
-
-void DequantBf16Gemm::run(const Context& ctx, const GemmProblem& problem, const GemmArgs& args) {
-  const Plan& plan = plan_of(ctx, problem);
-  require(plan.support.verdict != GemmVerdict::no, problem, ": ", plan.support.reason);
+/// The operands in BF16 in the workspace, the product, the epilogue if it is still to be done.
+void run_plan(const Context& ctx, const GemmProblem& problem, const Plan& plan,
+              const GemmArgs& args) {
   WorkspaceScope scope(ctx);
   const auto& backend = detail::backend_of(ctx);
   GemmArgs product = args;
@@ -164,17 +124,65 @@ void DequantBf16Gemm::run(const Context& ctx, const GemmProblem& problem, const 
     product.b = b;
   }
   product.a_scales = product.b_scales = nullptr;
-  if (plan.fused) return inner_->run(ctx, plan.product, product);
+  if (plan.fused) return plan.multiply(ctx, product);
   float* const sums = static_cast<float*>(scope.take(plan.sums_bytes));
-  inner_->run(ctx, plan.product, {.a = product.a, .b = product.b, .d = sums});
+  plan.multiply(ctx, {.a = product.a, .b = product.b, .d = sums});
   apply_epilogue(ctx, problem, sums, args);
 }
 
+class DequantBf16Gemm final : public GemmBackend {
+ public:
+  explicit DequantBf16Gemm(GemmBackend& inner) : inner_(inner) {}
+
+  std::string name() const override { return "dequant_bf16"; }
+  std::string version() const override { return inner_.name() + " " + inner_.version(); }
+
+  GemmSupport query(const GemmProblem& problem, const GemmDevice& device) const override {
+    return answer(problem, device).support;
+  }
+  void run(const Context& ctx, const GemmProblem& problem, const GemmArgs& args) override {
+    run_plan(ctx, problem, plan_of(ctx, problem).second, args);
+  }
+  GemmPlan plan(const Context& ctx, const GemmProblem& problem) override {
+    // Entries of the map stay where they are.
+    const Plans::value_type* const entry = &plan_of(ctx, problem);
+    return [entry](const Context& of_call, const GemmArgs& args) {
+      run_plan(of_call, entry->first, entry->second, args);
+    };
+  }
+
+  std::vector<std::string> candidates(const Context& ctx, const GemmProblem& problem) override {
+    return inner_.candidates(ctx, plan_of(ctx, problem).second.product);
+  }
+  bool select(const Context& ctx, const GemmProblem& problem,
+              const std::string& candidate) override {
+    return inner_.select(ctx, plan_of(ctx, problem).second.product, candidate);
+  }
+
+ private:
+  using Plans = std::unordered_map<GemmProblem, Plan, GemmProblemHash>;
+
+  Plan answer(const GemmProblem& problem, const GemmDevice& device) const {
+    return make_plan(problem, inner_.name(),
+                     [&](const GemmProblem& product) { return inner_.query(product, device); });
+  }
+  const Plans::value_type& plan_of(const Context& ctx, const GemmProblem& problem) {
+    const auto found = plans_.find(problem);
+    if (found != plans_.end()) return *found;
+    Plan plan = answer(problem, gemm_device(ctx));
+    require(plan.support.verdict != GemmVerdict::no, problem, ": ", plan.support.reason);
+    plan.multiply = inner_.plan(ctx, plan.product);
+    return *plans_.emplace(problem, std::move(plan)).first;
+  }
+
+  GemmBackend& inner_;
+  Plans plans_;
+};
+
 }  // namespace
 
-std::unique_ptr<GemmBackend> make_dequant_bf16_gemm(std::unique_ptr<GemmBackend> inner) {
-  require(inner != nullptr, "make_dequant_bf16_gemm: the inner backend is null");
-  return std::make_unique<DequantBf16Gemm>(std::move(inner));
+std::unique_ptr<GemmBackend> make_dequant_bf16_gemm(GemmBackend& inner) {
+  return std::make_unique<DequantBf16Gemm>(inner);
 }
 
 GemmSupport query_dequant_bf16(const GemmProblem& problem, const GemmDevice& device) {

@@ -23,13 +23,6 @@ struct GemmRegistry::Candidate {
 
 namespace {
 
-GemmDevice describe(const Context& ctx) {
-  const Device device = ctx.device();
-  if (device.type == DeviceType::cpu) return {};
-  const detail::CudaPart& cuda = detail::cuda_part();
-  return {DeviceType::cuda, cuda.compute_capability(device.index), cuda.device_name(device.index)};
-}
-
 std::string key_of(const GemmDevice& device, const GemmBackend& backend,
                    const GemmProblem& problem) {
   return detail::ranking_key(device.name, backend.name(), backend.version(), to_string(problem));
@@ -49,15 +42,19 @@ std::string_view name_of(GemmVerdict verdict) {
 
 }  // namespace
 
-GemmRegistry::GemmRegistry(const Context& ctx)
-    : ctx_(ctx), device_(describe(ctx)), ranking_(std::make_unique<Ranking>()) {
-  const auto make_inner = [&] {
-    return device_.type == DeviceType::cpu ? make_reference_gemm()
-                                           : detail::cuda_part().make_cublaslt(ctx);
-  };
+GemmDevice gemm_device(const Context& ctx) {
+  const Device device = ctx.device();
+  if (device.type == DeviceType::cpu) return {};
+  const detail::CudaPart& cuda = detail::cuda_part();
+  return {DeviceType::cuda, cuda.compute_capability(device.index), cuda.device_name(device.index)};
+}
 
-  add(make_dequant_bf16_gemm(make_inner()));
-  add(make_inner());
+GemmRegistry::GemmRegistry(const Context& ctx)
+    : ctx_(ctx), device_(gemm_device(ctx)), ranking_(std::make_unique<Ranking>()) {
+  auto main = device_.type == DeviceType::cpu ? make_reference_gemm()
+                                              : detail::cuda_part().make_cublaslt(ctx);
+  add(make_dequant_bf16_gemm(*main));
+  add(std::move(main));
   if (const char* name = std::getenv("OCTET_GEMM")) force(name);
   if (const char* file = std::getenv("OCTET_GEMM_RANKING")) keep_ranking(file);
 }
@@ -67,17 +64,17 @@ GemmRegistry::~GemmRegistry() = default;
 void GemmRegistry::add(std::unique_ptr<GemmBackend> backend) {
   require(backend != nullptr, "a GEMM backend that is to be added is null");
   backends_.push_back(std::move(backend));
-  chosen_.clear();
+  ready_.clear();
 }
 
 void GemmRegistry::force(std::string name) {
   forced_ = std::move(name);
-  chosen_.clear();
+  ready_.clear();
 }
 
 void GemmRegistry::keep_ranking(std::string file) {
   ranking_->open(file);
-  chosen_.clear();
+  ready_.clear();
 }
 
 /// The backends that may be asked, the last added first.
@@ -143,8 +140,9 @@ void GemmRegistry::prepare(const GemmProblem& problem) {
   for (const Candidate& c : rivals) tier = std::min(tier, c.support.verdict);
   std::erase_if(rivals, [&](const Candidate& c) { return c.support.verdict != tier; });
   measure(problem, rivals);
-  chosen_.clear();
+  ready_.erase(problem);
   ctx_.reserve_workspace(choose(problem).support.workspace_bytes);
+  ready(problem);
 }
 
 void GemmRegistry::measure(const GemmProblem& problem, const std::vector<Candidate>& rivals) {
@@ -176,25 +174,29 @@ void GemmRegistry::measure(const GemmProblem& problem, const std::vector<Candida
   }
 }
 
-void GemmRegistry::run(const GemmProblem& problem, const GemmArgs& args) {
-  auto chosen = chosen_.find(problem);
-  if (chosen == chosen_.end()) {
-    const Choice choice = choose(problem);
-    const bool is_empty = problem.m == 0 || problem.n == 0 || problem.k == 0;
-    require(is_empty || choice.backend != nullptr, problem, ": no backend can run it\n",
-            choice.report);
-    chosen = chosen_.emplace(problem, choice.backend).first;
+/// What was made ready for the problem, by prepare() or by its first run().
+GemmRegistry::Ready& GemmRegistry::ready(const GemmProblem& problem) {
+  const auto found = ready_.find(problem);
+  if (found != ready_.end()) return found->second;
+  const Choice choice = choose(problem);
+  Ready ready;
+  if (problem.m != 0 && problem.n != 0 && problem.k != 0) {
+    require(choice.backend != nullptr, problem, ": no backend can run it\n", choice.report);
+    ready.plan = choice.backend->plan(ctx_, problem);
   }
-  if (problem.m == 0 || problem.n == 0) return;
-  detail::check_args(problem, args);
-  if (problem.k == 0) {
-    apply_epilogue(ctx_, problem, nullptr, args);
-    return;
-  }
-  chosen->second->run(ctx_, problem, args);
   const bool fp8 = is_fp8(problem.a) || is_fp8(problem.b);
   const bool bf16 = problem.a == DType::bf16 || problem.b == DType::bf16;
-  ++(fp8 ? counts_.fp8 : bf16 ? counts_.bf16 : counts_.f32);
+  ready.count = fp8 ? &counts_.fp8 : bf16 ? &counts_.bf16 : &counts_.f32;
+  return ready_.emplace(problem, std::move(ready)).first->second;
+}
+
+void GemmRegistry::run(const GemmProblem& problem, const GemmArgs& args) {
+  const Ready& how = ready(problem);
+  if (problem.m == 0 || problem.n == 0) return;
+  detail::check_args(problem, args);
+  if (problem.k == 0) return apply_epilogue(ctx_, problem, nullptr, args);
+  how.plan(ctx_, args);
+  ++*how.count;
 }
 
 }  // namespace octet

@@ -10,8 +10,9 @@
 
 namespace octet::detail {
 
-/// Memory with pseudo-random operands of a problem, so that the multipliers switch as they do with
-/// real data.
+/// Memory with operands of a problem that are bell-shaped like those of a training, so that the
+/// multipliers switch, and a GPU at its power limit clocks, about as with real ones. Real ones also
+/// have outliers, and rows that differ in size: their times can differ a little.
 class MadeUpOperands {
  public:
   MadeUpOperands(const Context& ctx, const GemmProblem& problem);
@@ -22,9 +23,10 @@ class MadeUpOperands {
   GemmArgs args_;
 };
 
-/// Index of the fastest of `count` calls and its time: all are timed briefly, the best few longer
-/// and in turn, so that a clock that changes meets all of them. Calls that throw are left out.
-/// Throws octet::Error, the last one, if all do. Waits for the context's stream.
+/// Index of the fastest of `count` calls and its time: all are timed briefly, for at most a second
+/// and a half together, then the best few and the first longer and in turn, so that a clock that
+/// changes meets all of them. Calls that throw are left out. Throws octet::Error, the last one, if
+/// all do. Waits for the context's stream.
 struct Fastest {
   std::size_t index = 0;
   double microseconds = 0.0;

@@ -182,7 +182,7 @@ TEST_CASE("apply_epilogue: gelu and its derivative over their whole range") {
 TEST_CASE("GEMM epilogue: NaN and infinity of operands stay visible in D and d_amax") {
   for (const Context& ctx : test_contexts()) {
     Backends backends(ctx);
-    for (const auto& backend : backends.list) {
+    for (GemmBackend* backend : backends.list) {
       for (DType d : kAll) {
         for (const std::uint8_t special : {std::uint8_t{0x7F}, std::uint8_t{0x7C}}) {
           const bool is_nan = special == 0x7F;

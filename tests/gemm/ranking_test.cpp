@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backends and ways that differ in nothing but their time, and the file that keeps it.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -122,6 +123,45 @@ TEST_CASE("ranking: of the ways of a backend the fastest stays selected") {
   hopeless.add("4000", "broken broken");
   hopeless.gemms.force("fast");
   CHECK(missing(error_of([&] { hopeless.gemms.prepare(kProblem); }), {"this way is broken"}) == "");
+}
+
+TEST_CASE("ranking: the likeliest way gets a second chance, and a long list an end") {
+  /// Ways are numbers; way 0 is slow at first.
+  struct Many final : GemmBackend {
+    explicit Many(int ways) : calls(static_cast<std::size_t>(ways), 0) {}
+    std::string name() const override { return "many"; }
+    GemmSupport query(const GemmProblem&, const GemmDevice&) const override {
+      return {GemmVerdict::native, "many"};
+    }
+    std::vector<std::string> candidates(const Context&, const GemmProblem&) override {
+      std::vector<std::string> list;
+      for (std::size_t i = 0; i < calls.size(); ++i) list.push_back(std::to_string(i));
+      return list;
+    }
+    bool select(const Context&, const GemmProblem&, const std::string& way) override {
+      selected = static_cast<std::size_t>(std::stoi(way));
+      return true;
+    }
+    void run(const Context&, const GemmProblem&, const GemmArgs&) override {
+      const bool is_fast = selected == 0 && calls[0] >= 2;
+      std::this_thread::sleep_for(std::chrono::microseconds(is_fast ? 50 : 3000));
+      ++calls[selected];
+    }
+    std::vector<int> calls;
+    std::size_t selected = 0;
+  };
+  for (int ways : {40, 2000}) {
+    auto owned = std::make_unique<Many>(ways);
+    const Many& many = *owned;
+    GemmRegistry gemms(Context::cpu());
+    gemms.add(std::move(owned));
+    gemms.force("many");
+    gemms.prepare(kProblem);
+    CHECK(many.selected == 0);
+    CHECK(many.calls[1] >= 2);
+    if (ways == 40) CHECK(*std::min_element(many.calls.begin(), many.calls.end()) >= 2);
+    if (ways == 2000) CHECK(many.calls.back() == 0);
+  }
 }
 
 TEST_CASE("ranking: a file keeps what was measured for device, backend, version and problem") {

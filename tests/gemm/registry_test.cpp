@@ -29,6 +29,29 @@ class Stub final : public GemmBackend {
   int* calls_;
 };
 
+/// Counts its plans and what they run.
+class Planner final : public GemmBackend {
+ public:
+  explicit Planner(int* plans, int* runs) : plans_(plans), runs_(runs) {}
+  std::string name() const override { return "planner"; }
+  GemmSupport query(const GemmProblem&, const GemmDevice&) const override {
+    return {GemmVerdict::native, "a planner"};
+  }
+  void run(const Context&, const GemmProblem&, const GemmArgs&) override {
+    fail("run() of a backend with plans");
+  }
+  GemmPlan plan(const Context&, const GemmProblem& problem) override {
+    ++*plans_;
+    return [this, m = problem.m](const Context&, const GemmArgs& args) {
+      *runs_ += static_cast<int>(m);
+      require(args.d != nullptr, "d is null");
+    };
+  }
+
+ private:
+  int *plans_, *runs_;
+};
+
 struct Fixture {
   Context ctx = Context::cpu();
   GemmRegistry gemms{ctx};
@@ -64,6 +87,33 @@ TEST_CASE_METHOD(Fixture, "registry: the backend added last is asked first") {
                 {"newer: native, a stub\nolder: native, a stub\nreference: native, "}) == "");
   gemms.run({.m = 8, .n = 2, .k = 3}, args());
   CHECK((older == 1 && newer == 1));
+}
+
+TEST_CASE_METHOD(Fixture, "registry: a backend plans a problem once, and its plan is what runs") {
+  int plans = 0, runs = 0;
+  gemms.add(std::make_unique<Planner>(&plans, &runs));
+  const GemmProblem p{.m = 7, .n = 2, .k = 3}, q{.m = 10, .n = 2, .k = 3};
+  for (int i = 0; i < 3; ++i) gemms.run(p, args());
+  CHECK((plans == 1 && runs == 21));
+  gemms.run(q, args());
+  CHECK((plans == 2 && runs == 31));
+  gemms.run({.m = 7, .n = 2, .k = 0}, args());  // nothing to multiply, nothing to plan
+  gemms.run({.m = 0, .n = 2, .k = 3}, args());
+  CHECK((plans == 2 && runs == 31));
+  gemms.force("reference");
+  gemms.run(p, args());
+  gemms.force("");
+  gemms.run(p, args());
+  CHECK((plans == 3 && runs == 38));
+}
+
+TEST_CASE("registry: its backends share one vendor library and that one's workspace") {
+  for (const Context& ctx : test_contexts()) {
+    const std::size_t before = ctx.memory_use().current;
+    GemmRegistry gemms(ctx);
+    const bool is_cpu = ctx.device().type == DeviceType::cpu;
+    CHECK(ctx.memory_use().current - before == (is_cpu ? 0u : std::size_t{32} << 20));
+  }
 }
 
 TEST_CASE_METHOD(Fixture, "registry: the report has a line for each backend asked") {

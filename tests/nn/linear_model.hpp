@@ -13,6 +13,7 @@
 
 #include "octet/nn/linear.hpp"
 #include "support/devices.hpp"
+#include "support/gemm_error.hpp"
 #include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/reference.hpp"
@@ -244,8 +245,7 @@ struct LinearModel {
 
 /// Of products of FP8 operands on this device, relative to the sum of the magnitudes.
 inline double tolerance_of(const Context& ctx) {
-  // Tensor cores align products to the largest and keep 13 bits or so; a CPU adds in FP32.
-  return ctx.device().type == DeviceType::cuda ? 0x1p-11 : 0x1p-19;
+  return ctx.device().type == DeviceType::cuda ? kPromotedError : 0x1p-19;  // a CPU adds in FP32
 }
 
 /// Every recipe and, last, BF16.

@@ -18,7 +18,9 @@ namespace octet {
 /// The verdict is with_conversion: workspace_bytes of the answer, the inner backend's included,
 /// must be reserved before run(); converted_bytes are FP8 and scales read, BF16 written, and of
 /// FP32 sums the writing and the reading.
-std::unique_ptr<GemmBackend> make_dequant_bf16_gemm(std::unique_ptr<GemmBackend> inner);
+/// `inner` may serve others beside it and must outlive it. Problems that come to the same BF16
+/// product share the way that select() chose for that.
+std::unique_ptr<GemmBackend> make_dequant_bf16_gemm(GemmBackend& inner);
 
 /// What that backend answers with the reference backend inside on a CPU, cuBLASLt on CUDA. Pure.
 GemmSupport query_dequant_bf16(const GemmProblem& problem, const GemmDevice& device);

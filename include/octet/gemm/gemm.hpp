@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <iosfwd>
 #include <memory>
 #include <string>
@@ -91,6 +92,9 @@ struct GemmDevice {
   std::string name = "cpu";    ///< "NVIDIA H100 80GB HBM3"; rankings are kept by it
 };
 
+/// The description of a context's device; for set-up, since drivers take their time.
+GemmDevice gemm_device(const Context& ctx);
+
 enum class GemmVerdict : std::uint8_t {
   native,           ///< as asked, by the device's own means
   with_conversion,  ///< operands or results are converted on the way; see converted_bytes
@@ -106,7 +110,11 @@ struct GemmSupport {
   std::size_t converted_bytes = 0;
 };
 
-/// Something that multiplies matrices. Derive from it to bring your own.
+/// A problem made ready to run: enqueues its product of these pointers on the context's stream.
+using GemmPlan = std::function<void(const Context& ctx, const GemmArgs& args)>;
+
+/// Something that multiplies matrices. Derive from it to bring your own: name(), query() and run()
+/// are enough.
 class GemmBackend {
  public:
   virtual ~GemmBackend() = default;
@@ -119,9 +127,18 @@ class GemmBackend {
   /// Enqueues the product on the context's stream. Called only for problems it said yes to, with m,
   /// n and k above 0 and arguments that have been checked.
   virtual void run(const Context& ctx, const GemmProblem& problem, const GemmArgs& args) = 0;
+  /// run() for one problem, with whatever there is to look up or to build done beforehand: the
+  /// registry keeps it and calls it for every product. Valid as long as the backend; what select()
+  /// says later counts for it too.
+  virtual GemmPlan plan(const Context& ctx, const GemmProblem& problem) {
+    static_cast<void>(ctx);
+    return [this, problem](const Context& of_call, const GemmArgs& args) {
+      run(of_call, problem, args);
+    };
+  }
 
-  /// The ways it has to run a problem, as texts that can be kept in a file; the registry times
-  /// them. Without ways there is just the one.
+  /// The ways it has to run a problem, as texts that can be kept in a file, the likeliest first:
+  /// the registry times them for a second or so. Without ways there is just the one.
   virtual std::vector<std::string> candidates(const Context& ctx, const GemmProblem& problem) {
     static_cast<void>(ctx), static_cast<void>(problem);
     return {};
@@ -177,7 +194,7 @@ class GemmRegistry {
   /// What prepare() measures is read from this file and added to it, a line per backend, version,
   /// device and problem; a file that does not exist yet is made. Throws octet::Error naming the
   /// line of a file that is not such a list, or a file that cannot be written. Ranks that are to
-  /// compute with the same algorithms are given the same file.
+  /// compute with the same algorithms are given the same file, filled by an earlier run.
   void keep_ranking(std::string file);
 
   struct Choice {
@@ -209,6 +226,12 @@ class GemmRegistry {
  private:
   struct Candidate;
   struct Ranking;
+  /// What a problem comes to: a query and its texts are not made anew in every step.
+  struct Ready {
+    GemmPlan plan;                  ///< empty where there is nothing to multiply
+    std::int64_t* count = nullptr;  ///< of counts_, which it adds to
+  };
+  Ready& ready(const GemmProblem& problem);
   std::vector<Candidate> candidates(const GemmProblem& problem) const;
   void measure(const GemmProblem& problem, const std::vector<Candidate>& rivals);
 
@@ -217,8 +240,7 @@ class GemmRegistry {
   std::vector<std::unique_ptr<GemmBackend>> backends_;
   std::string forced_;  ///< empty: none
   std::unique_ptr<Ranking> ranking_;
-  /// Answers of choose(), so that a query and its texts are not made anew in every step.
-  std::unordered_map<GemmProblem, GemmBackend*, GemmProblemHash> chosen_;
+  std::unordered_map<GemmProblem, Ready, GemmProblemHash> ready_;
   GemmCounts counts_;
 };
 
