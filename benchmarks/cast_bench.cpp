@@ -84,7 +84,7 @@ std::vector<Case> all_cases() {
   for (Granularity granularity : {Granularity::row_block, Granularity::tile, Granularity::mx}) {
     for (Copies copies : {Copies::row, Copies::transposed, Copies::both}) {
       cases.push_back(
-          {.shape = large, .copies = copies, .granularity = granularity, .target = 0.8});
+          {.shape = large, .copies = copies, .granularity = granularity, .target = 0.85});
     }
   }
   cases.push_back({.shape = large, .granularity = Granularity::row_block, .sums = true});
