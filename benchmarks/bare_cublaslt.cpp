@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bare_cublaslt.hpp"
 
+#include <chrono>
+#include <functional>
 #include <limits>
 
 namespace bench {
 namespace {
 
 constexpr std::size_t kWorkspaceBytes = std::size_t{64} << 20;
-constexpr std::chrono::seconds kMostSearch{10};
+constexpr std::chrono::seconds kMostEnumeration{4}, kMostSearch{6};
 
 void check(cublasStatus_t status, const char* what) {
   octet::require(status == CUBLAS_STATUS_SUCCESS, what, ": ", cublasLtGetStatusName(status));
@@ -25,9 +27,9 @@ std::vector<T> capability(const cublasLtMatmulAlgo_t& algorithm,
   return values;
 }
 
-/// Tiles of 64 to 256 by 64 to 512 in powers of two and some between, and those of 104 to 184 rows
-/// by 128: smaller ones do not win where a product is large, and where it is small the heuristic's
-/// answers have them.
+/// Tiles of 64 to 256 by 64 to 512 in powers of two and some between (and 128 by 32), and those of
+/// 104 to 184 rows by 128: smaller ones do not win where a product is large, and where it is small
+/// the heuristic's answers have them.
 bool is_worth_a_try(std::uint32_t tile) {
   switch (tile) {
     case CUBLASLT_MATMUL_TILE_104x128:
@@ -112,7 +114,7 @@ double BareGemm::time_of(const cublasLtMatmulAlgo_t& algorithm, int runs) const 
 }
 
 /// The heuristic's answers for several workspaces, and of every algorithm id the tiles above
-/// with all clusters of at most two and all options that the library says it can run.
+/// with clusters of at most two and of 4x1, and all options that the library says it can run.
 std::vector<cublasLtMatmulAlgo_t> BareGemm::enumerate() const {
   std::vector<cublasLtMatmulAlgo_t> list;
   cublasLtMatmulHeuristicResult_t found[32];
@@ -133,41 +135,49 @@ std::vector<cublasLtMatmulAlgo_t> BareGemm::enumerate() const {
   check(cublasLtMatmulAlgoGetIds(handle_, CUBLAS_COMPUTE_32F, CUDA_R_32F, problem_.b, problem_.a,
                                  problem_.d, problem_.d, 64, ids, &id_count),
         "AlgoGetIds");
+  // The newest first: of BF16 there are so many that time runs out among the old ones.
+  std::sort(ids, ids + id_count, std::greater<>());
+  const auto deadline = std::chrono::steady_clock::now() + kMostEnumeration;
   for (int i = 0; i < id_count; ++i) {
     cublasLtMatmulAlgo_t base;
     if (cublasLtMatmulAlgoInit(handle_, CUBLAS_COMPUTE_32F, CUDA_R_32F, problem_.b, problem_.a,
                                problem_.d, problem_.d, ids[i], &base) != CUBLAS_STATUS_SUCCESS) {
       continue;
     }
-    const auto options = capability<std::int32_t>(base, CUBLASLT_ALGO_CAP_CUSTOM_OPTION_MAX);
-    const auto stages = capability<std::uint32_t>(base, CUBLASLT_ALGO_CAP_STAGES_IDS);
-    const std::uint32_t last_option =
-        options.empty() ? 0u : static_cast<std::uint32_t>(std::min(options.front(), 7));
     for (std::uint32_t tile : capability<std::uint32_t>(base, CUBLASLT_ALGO_CAP_TILE_IDS)) {
-      if (!is_worth_a_try(tile)) continue;
-      for (std::uint32_t stage : stages) {
-        for (std::uint16_t cluster = 2; cluster <= 5; ++cluster) {
-          for (std::uint32_t option = 0; option <= last_option; ++option) {
-            cublasLtMatmulAlgo_t algorithm = base;
-            const auto set = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, auto value) {
-              cublasLtMatmulAlgoConfigSetAttribute(&algorithm, attribute, &value, sizeof value);
-            };
-            set(CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
-            set(CUBLASLT_ALGO_CONFIG_STAGES_ID, stage);
-            set(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, cluster);
-            set(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, option);
-            cublasLtMatmulHeuristicResult_t result;
-            if (cublasLtMatmulAlgoCheck(handle_, operation_, b_, a_, d_, d_, &algorithm, &result) ==
-                    CUBLAS_STATUS_SUCCESS &&
-                result.workspaceSize <= kWorkspaceBytes) {
-              list.push_back(algorithm);
-            }
-          }
+      if (std::chrono::steady_clock::now() > deadline) return list;
+      if (is_worth_a_try(tile)) add_variants(base, tile, list);
+    }
+  }
+  return list;
+}
+
+void BareGemm::add_variants(const cublasLtMatmulAlgo_t& base, std::uint32_t tile,
+                            std::vector<cublasLtMatmulAlgo_t>& list) const {
+  const auto options = capability<std::int32_t>(base, CUBLASLT_ALGO_CAP_CUSTOM_OPTION_MAX);
+  const auto last_option =
+      options.empty() ? 0u : static_cast<std::uint32_t>(std::min(options.front(), 7));
+  for (std::uint32_t stage : capability<std::uint32_t>(base, CUBLASLT_ALGO_CAP_STAGES_IDS)) {
+    for (std::uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_1x1x1;
+         cluster <= CUBLASLT_CLUSTER_SHAPE_1x2x1; ++cluster) {
+      for (std::uint32_t option = 0; option <= last_option; ++option) {
+        cublasLtMatmulAlgo_t algorithm = base;
+        const auto set = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, auto value) {
+          cublasLtMatmulAlgoConfigSetAttribute(&algorithm, attribute, &value, sizeof value);
+        };
+        set(CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
+        set(CUBLASLT_ALGO_CONFIG_STAGES_ID, stage);
+        set(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, cluster);
+        set(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, option);
+        cublasLtMatmulHeuristicResult_t result;
+        if (cublasLtMatmulAlgoCheck(handle_, operation_, b_, a_, d_, d_, &algorithm, &result) ==
+                CUBLAS_STATUS_SUCCESS &&
+            result.workspaceSize <= kWorkspaceBytes) {
+          list.push_back(algorithm);
         }
       }
     }
   }
-  return list;
 }
 
 int BareGemm::search() {

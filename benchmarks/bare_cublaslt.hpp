@@ -38,7 +38,7 @@ class BareGemm {
   BareGemm(const BareGemm&) = delete;
   BareGemm& operator=(const BareGemm&) = delete;
 
-  /// Times all algorithms and keeps the fastest. Returns how many there were.
+  /// Times all algorithms, some seconds long, and keeps the fastest. Returns how many there were.
   int search();
   void run() const;
   /// As one must who has other operands in every call: sets the scales' pointers first.
@@ -49,6 +49,8 @@ class BareGemm {
   bool try_run(const cublasLtMatmulAlgo_t& algorithm) const;
   double time_of(const cublasLtMatmulAlgo_t& algorithm, int runs) const;
   std::vector<cublasLtMatmulAlgo_t> enumerate() const;
+  void add_variants(const cublasLtMatmulAlgo_t& base, std::uint32_t tile,
+                    std::vector<cublasLtMatmulAlgo_t>& list) const;
 
   octet::Context ctx_;
   BareProblem problem_;
