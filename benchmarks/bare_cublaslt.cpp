@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bare_cublaslt.hpp"
 
+#include <chrono>
+#include <functional>
 #include <limits>
 
 namespace bench {
 namespace {
 
 constexpr std::size_t kWorkspaceBytes = std::size_t{64} << 20;
+constexpr std::chrono::seconds kMostEnumeration{4}, kMostSearch{6};
 
 void check(cublasStatus_t status, const char* what) {
   octet::require(status == CUBLAS_STATUS_SUCCESS, what, ": ", cublasLtGetStatusName(status));
@@ -24,8 +27,9 @@ std::vector<T> capability(const cublasLtMatmulAlgo_t& algorithm,
   return values;
 }
 
-/// Tiles of 64 to 256 by 64 to 512 in powers of two and some between, and those of 104 to 184 rows
-/// by 128: smaller ones do not win where a product is large.
+/// Tiles of 64 to 256 by 64 to 512 in powers of two and some between (and 128 by 32), and those of
+/// 104 to 184 rows by 128: smaller ones do not win where a product is large, and where it is small
+/// the heuristic's answers have them.
 bool is_worth_a_try(std::uint32_t tile) {
   switch (tile) {
     case CUBLASLT_MATMUL_TILE_104x128:
@@ -39,7 +43,7 @@ bool is_worth_a_try(std::uint32_t tile) {
     case CUBLASLT_MATMUL_TILE_184x128: return true;
     default: break;
   }
-  return tile >= CUBLASLT_MATMUL_TILE_64x128 && tile <= CUBLASLT_MATMUL_TILE_128x96;
+  return tile >= CUBLASLT_MATMUL_TILE_64x64 && tile <= CUBLASLT_MATMUL_TILE_128x96;
 }
 
 }  // namespace
@@ -52,20 +56,37 @@ BareGemm::BareGemm(const octet::Context& ctx, const BareProblem& p, const BarePo
     check(cublasLtMatmulDescSetAttribute(operation_, attribute, &value, sizeof value),
           "DescSetAttribute");
   };
-  set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+  // In the library's terms D^T[n, m] = B A^T, all of it column-major.
+  set(CUBLASLT_MATMUL_DESC_TRANSA, p.b_transposed ? CUBLAS_OP_N : CUBLAS_OP_T);
+  set(CUBLASLT_MATMUL_DESC_TRANSB, p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<std::int8_t>(p.fast ? 1 : 0));
-  set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, pointers.b_scale);
-  set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, pointers.a_scale);
-  const auto u = [](std::int64_t x) { return static_cast<std::uint64_t>(x); };
-  check(cublasLtMatrixLayoutCreate(&a_, p.a, u(p.k), u(p.m), p.k), "LayoutCreate");
-  check(cublasLtMatrixLayoutCreate(&b_, p.b, u(p.k), u(p.n), p.k), "LayoutCreate");
-  check(cublasLtMatrixLayoutCreate(&d_, p.d, u(p.n), u(p.m), p.n), "LayoutCreate");
+  set_scales();
+  const auto layout = [](cudaDataType_t type, std::int64_t rows, std::int64_t columns) {
+    cublasLtMatrixLayout_t made = nullptr;
+    check(cublasLtMatrixLayoutCreate(&made, type, static_cast<std::uint64_t>(columns),
+                                     static_cast<std::uint64_t>(rows), columns),
+          "LayoutCreate");
+    return made;
+  };
+  a_ = p.a_transposed ? layout(p.a, p.k, p.m) : layout(p.a, p.m, p.k);
+  b_ = p.b_transposed ? layout(p.b, p.k, p.n) : layout(p.b, p.n, p.k);
+  d_ = layout(p.d, p.m, p.n);
 }
 
 BareGemm::~BareGemm() {
   for (cublasLtMatrixLayout_t layout : {a_, b_, d_}) cublasLtMatrixLayoutDestroy(layout);
   cublasLtMatmulDescDestroy(operation_);
   cublasLtDestroy(handle_);
+}
+
+void BareGemm::set_scales() const {
+  if (pointers_.a_scale == nullptr) return;
+  check(cublasLtMatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                                       &pointers_.b_scale, sizeof pointers_.b_scale),
+        "DescSetAttribute");
+  check(cublasLtMatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER,
+                                       &pointers_.a_scale, sizeof pointers_.a_scale),
+        "DescSetAttribute");
 }
 
 bool BareGemm::try_run(const cublasLtMatmulAlgo_t& algorithm) const {
@@ -76,6 +97,11 @@ bool BareGemm::try_run(const cublasLtMatmulAlgo_t& algorithm) const {
 }
 
 void BareGemm::run() const { octet::require(try_run(best_), "cublasLtMatmul failed"); }
+
+void BareGemm::run_anew() const {
+  set_scales();
+  run();
+}
 
 double BareGemm::time_of(const cublasLtMatmulAlgo_t& algorithm, int runs) const {
   if (!try_run(algorithm)) return std::numeric_limits<double>::infinity();
@@ -88,7 +114,7 @@ double BareGemm::time_of(const cublasLtMatmulAlgo_t& algorithm, int runs) const 
 }
 
 /// The heuristic's answers for several workspaces, and of every algorithm id the tiles above
-/// with all clusters of at most two and all options that the library says it can run.
+/// with clusters of at most two and of 4x1, and all options that the library says it can run.
 std::vector<cublasLtMatmulAlgo_t> BareGemm::enumerate() const {
   std::vector<cublasLtMatmulAlgo_t> list;
   cublasLtMatmulHeuristicResult_t found[32];
@@ -109,48 +135,62 @@ std::vector<cublasLtMatmulAlgo_t> BareGemm::enumerate() const {
   check(cublasLtMatmulAlgoGetIds(handle_, CUBLAS_COMPUTE_32F, CUDA_R_32F, problem_.b, problem_.a,
                                  problem_.d, problem_.d, 64, ids, &id_count),
         "AlgoGetIds");
+  // The newest first: of BF16 there are so many that time runs out among the old ones.
+  std::sort(ids, ids + id_count, std::greater<>());
+  const auto deadline = std::chrono::steady_clock::now() + kMostEnumeration;
   for (int i = 0; i < id_count; ++i) {
     cublasLtMatmulAlgo_t base;
     if (cublasLtMatmulAlgoInit(handle_, CUBLAS_COMPUTE_32F, CUDA_R_32F, problem_.b, problem_.a,
                                problem_.d, problem_.d, ids[i], &base) != CUBLAS_STATUS_SUCCESS) {
       continue;
     }
-    const auto options = capability<std::int32_t>(base, CUBLASLT_ALGO_CAP_CUSTOM_OPTION_MAX);
-    const auto stages = capability<std::uint32_t>(base, CUBLASLT_ALGO_CAP_STAGES_IDS);
-    const std::uint32_t last_option =
-        options.empty() ? 0u : static_cast<std::uint32_t>(std::min(options.front(), 7));
     for (std::uint32_t tile : capability<std::uint32_t>(base, CUBLASLT_ALGO_CAP_TILE_IDS)) {
-      if (!is_worth_a_try(tile)) continue;
-      for (std::uint32_t stage : stages) {
-        for (std::uint16_t cluster = 2; cluster <= 5; ++cluster) {
-          for (std::uint32_t option = 0; option <= last_option; ++option) {
-            cublasLtMatmulAlgo_t algorithm = base;
-            const auto set = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, auto value) {
-              cublasLtMatmulAlgoConfigSetAttribute(&algorithm, attribute, &value, sizeof value);
-            };
-            set(CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
-            set(CUBLASLT_ALGO_CONFIG_STAGES_ID, stage);
-            set(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, cluster);
-            set(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, option);
-            cublasLtMatmulHeuristicResult_t result;
-            if (cublasLtMatmulAlgoCheck(handle_, operation_, b_, a_, d_, d_, &algorithm, &result) ==
-                    CUBLAS_STATUS_SUCCESS &&
-                result.workspaceSize <= kWorkspaceBytes) {
-              list.push_back(algorithm);
-            }
-          }
+      if (std::chrono::steady_clock::now() > deadline) return list;
+      if (is_worth_a_try(tile)) add_variants(base, tile, list);
+    }
+  }
+  return list;
+}
+
+void BareGemm::add_variants(const cublasLtMatmulAlgo_t& base, std::uint32_t tile,
+                            std::vector<cublasLtMatmulAlgo_t>& list) const {
+  const auto options = capability<std::int32_t>(base, CUBLASLT_ALGO_CAP_CUSTOM_OPTION_MAX);
+  const auto last_option =
+      options.empty() ? 0u : static_cast<std::uint32_t>(std::min(options.front(), 7));
+  for (std::uint32_t stage : capability<std::uint32_t>(base, CUBLASLT_ALGO_CAP_STAGES_IDS)) {
+    for (std::uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_1x1x1;
+         cluster <= CUBLASLT_CLUSTER_SHAPE_1x2x1; ++cluster) {
+      for (std::uint32_t option = 0; option <= last_option; ++option) {
+        cublasLtMatmulAlgo_t algorithm = base;
+        const auto set = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, auto value) {
+          cublasLtMatmulAlgoConfigSetAttribute(&algorithm, attribute, &value, sizeof value);
+        };
+        set(CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
+        set(CUBLASLT_ALGO_CONFIG_STAGES_ID, stage);
+        set(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, cluster);
+        set(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, option);
+        cublasLtMatmulHeuristicResult_t result;
+        if (cublasLtMatmulAlgoCheck(handle_, operation_, b_, a_, d_, d_, &algorithm, &result) ==
+                CUBLAS_STATUS_SUCCESS &&
+            result.workspaceSize <= kWorkspaceBytes) {
+          list.push_back(algorithm);
         }
       }
     }
   }
-  return list;
 }
 
 int BareGemm::search() {
   constexpr std::size_t kFinalists = 8;
   const std::vector<cublasLtMatmulAlgo_t> list = enumerate();
   std::vector<std::pair<double, std::size_t>> times;
-  for (std::size_t i = 0; i < list.size(); ++i) times.emplace_back(time_of(list[i], 1), i);
+  // The heuristic's answers come first, so what a long list of slow ones loses is its end.
+  const auto start = std::chrono::steady_clock::now();
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    times.emplace_back(time_of(list[i], 1), i);
+    if (std::chrono::steady_clock::now() - start > kMostSearch) break;
+  }
+  const std::size_t tried = times.size();
   std::sort(times.begin(), times.end());
   double best = std::numeric_limits<double>::infinity();
   for (int round = 0; round < 3; ++round) {
@@ -163,7 +203,7 @@ int BareGemm::search() {
     }
   }
   octet::require(best < std::numeric_limits<double>::infinity(), "no algorithm runs");
-  return static_cast<int>(list.size());
+  return static_cast<int>(tried);
 }
 
 }  // namespace bench

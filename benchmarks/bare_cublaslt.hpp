@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// cuBLASLt alone, as the rival of gemm_bench: descriptors made once, every algorithm that an
-// enumeration finds timed, nothing but cublasLtMatmul() in a call. Shares no code with the library.
+// cuBLASLt alone, as the rival of gemm_bench and linear_bench: descriptors made once, every
+// algorithm that an enumeration finds timed, nothing but cublasLtMatmul() in a call. Shares no code
+// with the library.
 #pragma once
 
 #include <cublasLt.h>
@@ -12,18 +13,20 @@
 
 namespace bench {
 
-/// Row-major D[m, n] = A[m, k] B[n, k]^T of FP8 operands with a scale each.
+/// Row-major D[m, n] = A[m, k] B[n, k]^T; a transposed operand is stored as [k, m] or [k, n]. FP8
+/// operands have a scale each.
 struct BareProblem {
   std::int64_t m = 0, n = 0, k = 0;
   cudaDataType_t a = CUDA_R_8F_E4M3, b = CUDA_R_8F_E4M3, d = CUDA_R_16BF;
   bool fast = false;
   bool accumulate = false;
+  bool a_transposed = false, b_transposed = false;
 };
 
 struct BarePointers {
   const void* a;
   const void* b;
-  const float* a_scale;
+  const float* a_scale;  ///< null where operands are not FP8
   const float* b_scale;
   void* d;
 };
@@ -35,14 +38,19 @@ class BareGemm {
   BareGemm(const BareGemm&) = delete;
   BareGemm& operator=(const BareGemm&) = delete;
 
-  /// Times all algorithms and keeps the fastest. Returns how many there were.
+  /// Times all algorithms, some seconds long, and keeps the fastest. Returns how many there were.
   int search();
   void run() const;
+  /// As one must who has other operands in every call: sets the scales' pointers first.
+  void run_anew() const;
 
  private:
+  void set_scales() const;
   bool try_run(const cublasLtMatmulAlgo_t& algorithm) const;
   double time_of(const cublasLtMatmulAlgo_t& algorithm, int runs) const;
   std::vector<cublasLtMatmulAlgo_t> enumerate() const;
+  void add_variants(const cublasLtMatmulAlgo_t& base, std::uint32_t tile,
+                    std::vector<cublasLtMatmulAlgo_t>& list) const;
 
   octet::Context ctx_;
   BareProblem problem_;

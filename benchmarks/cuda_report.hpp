@@ -56,6 +56,7 @@ struct Result {
   std::optional<std::size_t> bytes = {};
   std::optional<double> flops = {};
   double bytes_per_element = 0.0;  ///< 0: not per element
+  std::string note = {};           ///< in words; left out of the JSON where there is none
 
   double rate() const { return static_cast<double>(bytes.value_or(0)) / (median_ms * 1e9); }
   bool met() const {
@@ -103,16 +104,18 @@ inline std::string table_row(const Result& r) {
 
 inline nlohmann::ordered_json json_row(const Result& r) {
   using Json = nlohmann::ordered_json;
-  return {{"case", r.name},
-          {"metric", r.metric},
-          {"value", r.value},
-          {"unit", r.unit},
-          {"target", r.target ? Json(*r.target) : Json()},
-          {"met", r.target ? Json(r.met()) : Json()},
-          {"median_ms", r.median_ms},
-          {"spread", r.spread ? Json(*r.spread) : Json()},
-          {"bytes", r.bytes ? Json(*r.bytes) : Json()},
-          {"flops", r.flops ? Json(*r.flops) : Json()}};
+  Json row = {{"case", r.name},
+              {"metric", r.metric},
+              {"value", r.value},
+              {"unit", r.unit},
+              {"target", r.target ? Json(*r.target) : Json()},
+              {"met", r.target ? Json(r.met()) : Json()},
+              {"median_ms", r.median_ms},
+              {"spread", r.spread ? Json(*r.spread) : Json()},
+              {"bytes", r.bytes ? Json(*r.bytes) : Json()},
+              {"flops", r.flops ? Json(*r.flops) : Json()}};
+  if (!r.note.empty()) row["note"] = r.note;
+  return row;
 }
 
 /// `element` is what bytes are counted per.

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <vector>
 
@@ -93,6 +94,29 @@ std::vector<double> time_each(const octet::Context& ctx, int repeats, const Work
     times.push_back(events[i].ms_since(events[i - 1]));
   }
   return times;
+}
+
+/// Milliseconds of a run in a batch, host time included where that is longer.
+template <class Work>
+double batch_ms(const octet::Context& ctx, int runs, const Work& work) {
+  TimingEvent start, end;
+  start.record(ctx.stream());
+  for (int i = 0; i < runs; ++i) work();
+  end.record(ctx.stream());
+  ctx.synchronize();
+  return end.ms_since(start) / runs;
+}
+
+/// Microseconds that the host takes to enqueue a run. `runs` must be fewer than the stream's queue
+/// holds, so that the host never waits for the device.
+template <class Work>
+double host_us(const octet::Context& ctx, int runs, const Work& work) {
+  ctx.synchronize();
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < runs; ++i) work();
+  const std::chrono::duration<double, std::micro> passed = std::chrono::steady_clock::now() - start;
+  ctx.synchronize();
+  return passed.count() / runs;
 }
 
 struct Timing {

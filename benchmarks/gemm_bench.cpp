@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // FP8 products of a Linear's three passes on CUDA device 0: the library's, timed in turn with bare
-// cuBLASLt after an exhaustive search, and beside torch._scaled_mm where its times are given.
+// cuBLASLt after an exhaustive search and with torch._scaled_mm, which a child process runs.
 #include <CLI/CLI.hpp>
-#include <chrono>
 #include <cmath>
 #include <iostream>
-#include <map>
-#include <random>
+#include <memory>
 
 #include "bare_cublaslt.hpp"
 #include "cuda_report.hpp"
 #include "octet/gemm/gemm.hpp"
 #include "octet/ops/quantize.hpp"
+#include "random_operands.hpp"
+#include "torch_child.hpp"
 
 namespace bench {
 namespace {
@@ -79,20 +79,7 @@ class Operands {
  private:
   static void fill(const octet::Context& ctx, const octet::ScaledTensor& out, unsigned seed) {
     const octet::Tensor wide(ctx, DType::bf16, out.view().data.shape);
-    std::vector<std::uint16_t> block(1 << 18);
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    for (std::uint16_t& x : block) {
-      const float value = normal(random);
-      std::uint32_t bits = 0;
-      std::memcpy(&bits, &value, sizeof bits);
-      x = static_cast<std::uint16_t>(bits >> 16);
-    }
-    const std::size_t count = wide.bytes() / 2;
-    for (std::size_t at = 0; at < count; at += block.size()) {
-      octet::copy_bytes(ctx, wide.as<std::uint16_t>() + at, block.data(),
-                        2 * std::min(block.size(), count - at));
-    }
+    fill_normal(ctx, wide, seed);
     octet::quantize(ctx, {.in = wide, .out = out});
     ctx.synchronize();
   }
@@ -100,17 +87,6 @@ class Operands {
   octet::ScaledTensor a_, b_;
   octet::Tensor d_;
 };
-
-/// Milliseconds of a run in a batch.
-template <class Work>
-double batch_ms(const octet::Context& ctx, int runs, const Work& work) {
-  TimingEvent start, end;
-  start.record(ctx.stream());
-  for (int i = 0; i < runs; ++i) work();
-  end.record(ctx.stream());
-  ctx.synchronize();
-  return end.ms_since(start) / runs;
-}
 
 cudaDataType_t cuda_type(DType dtype) {
   switch (dtype) {
@@ -122,24 +98,26 @@ cudaDataType_t cuda_type(DType dtype) {
 }
 
 BareProblem bare_problem(const octet::GemmProblem& p) {
-  return {p.m,
-          p.n,
-          p.k,
-          cuda_type(p.a),
-          cuda_type(p.b),
-          cuda_type(p.d),
-          p.accumulation == octet::Accumulation::fast,
-          p.accumulate};
+  return {.m = p.m,
+          .n = p.n,
+          .k = p.k,
+          .a = cuda_type(p.a),
+          .b = cuda_type(p.b),
+          .d = cuda_type(p.d),
+          .fast = p.accumulation == octet::Accumulation::fast,
+          .accumulate = p.accumulate};
 }
 
 struct Times {
   Timing octet, bare;
+  std::optional<Timing> torch;
   int algorithms = 0;  ///< that the bare rival tried
   double prepare_s = 0.0;
 };
 
-/// Batches of both in turn, so that a clock that changes meets both.
-Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, int rounds) {
+/// Batches of all in turn, so that a clock that changes meets every one. `torch` may be null.
+Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, TorchChild* torch,
+              int rounds) {
   const octet::Context& ctx = gemms.context();
   const Operands operands(ctx, p);
   BareGemm bare(ctx, bare_problem(p), operands.pointers());
@@ -148,29 +126,32 @@ Times measure(octet::GemmRegistry& gemms, const octet::GemmProblem& p, int round
   const auto start = std::chrono::steady_clock::now();
   gemms.prepare(p);
   times.prepare_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  // torch._scaled_mm overwrites a result in BF16 alone.
+  const bool has_torch = torch != nullptr && !p.accumulate && torch->prepare(p);
   const octet::GemmArgs args = operands.args();
   const auto run_octet = [&] { gemms.run(p, args); };
   const auto run_bare = [&] { bare.run(); };
   const int runs =
       std::max(1, static_cast<int>(std::lround(kBatchMs / batch_ms(ctx, 3, run_bare))));
-  std::vector<double> octet_ms, bare_ms;
+  std::vector<double> octet_ms, bare_ms, torch_ms;
   batch_ms(ctx, runs, run_octet);
+  if (has_torch) torch->batch_ms(runs);
   for (int round = 0; round < rounds; ++round) {
-    bare_ms.push_back(batch_ms(ctx, runs, run_bare));
     octet_ms.push_back(batch_ms(ctx, runs, run_octet));
+    bare_ms.push_back(batch_ms(ctx, runs, run_bare));
+    if (has_torch) torch_ms.push_back(torch->batch_ms(runs));
   }
   times.octet = timing_of(octet_ms);
   times.bare = timing_of(bare_ms);
+  if (has_torch) times.torch = timing_of(torch_ms);
   return times;
 }
 
-/// Host microseconds of a call, of the library and of cublasLtMatmul alone.
-struct HostTimes {
-  double octet = 0, bare = 0;
-};
+constexpr const char* kHostCase = "host time of a call, 256x256x256";
 
-/// The device is kept so busy that the host never waits for it.
-HostTimes host_us(octet::GemmRegistry& gemms) {
+/// Host microseconds of a call, the library's and of bare cuBLASLt with the pointers set anew, with
+/// the device kept so busy that the host never waits for it.
+void add_host_rows(octet::GemmRegistry& gemms, std::vector<Result>& results) {
   const octet::GemmProblem p{.m = 256, .n = 256, .k = 256, .d = DType::bf16};
   const octet::Context& ctx = gemms.context();
   const Operands operands(ctx, p);
@@ -178,69 +159,65 @@ HostTimes host_us(octet::GemmRegistry& gemms) {
   bare.search();
   gemms.prepare(p);
   const octet::GemmArgs args = operands.args();
-  const auto call_us = [&](auto&& call) {
-    constexpr int kCalls = 200;  // fewer than the queue of a stream takes
-    ctx.synchronize();
-    const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < kCalls; ++i) call();
-    const std::chrono::duration<double, std::micro> passed =
-        std::chrono::steady_clock::now() - start;
-    return passed.count() / kCalls;
-  };
+  constexpr int kCalls = 200;  // fewer than the queue of a stream takes
   std::vector<double> octet_us, bare_us;
   for (int round = 0; round < 11; ++round) {
-    octet_us.push_back(call_us([&] { gemms.run(p, args); }));
-    bare_us.push_back(call_us([&] { bare.run(); }));
+    octet_us.push_back(host_us(ctx, kCalls, [&] { gemms.run(p, args); }));
+    bare_us.push_back(host_us(ctx, kCalls, [&] { bare.run_anew(); }));
   }
-  ctx.synchronize();
-  return {timing_of(octet_us).median_ms, timing_of(bare_us).median_ms};
-}
-
-/// Milliseconds by case from torch_scaled_mm.py.
-std::map<std::string, double> read_torch(const std::string& path) {
-  if (path.empty()) return {};
-  std::ifstream file(path);
-  const nlohmann::json document = nlohmann::json::parse(file, nullptr, false);
-  octet::require(document.is_object() && document.contains("ms") && document["ms"].is_object(),
-                 "--torch ", path, ": must be what torch_scaled_mm.py printed");
-  return document["ms"].get<std::map<std::string, double>>();
+  const auto add = [&](const char* metric, const Timing& timing) -> Result& {
+    results.push_back({.name = kHostCase,
+                       .metric = metric,
+                       .unit = "us",
+                       .value = timing.median_ms,
+                       .target = {},
+                       .bound = Bound::below,
+                       .median_ms = timing.median_ms / 1e3,
+                       .spread = timing.spread});
+    return results.back();
+  };
+  Result& host = add("host time", timing_of(octet_us));
+  host.target = kHostTarget;
+  const bool met = host.met();
+  const double own = host.value;
+  const double rival = add("host time, bare cuBLASLt", timing_of(bare_us)).value;
+  std::printf("\nhost time of a call: octet %.2f us (below %.0f: %s), bare cuBLASLt %.2f us\n", own,
+              kHostTarget, met ? "yes" : "NO", rival);
 }
 
 struct Options {
-  std::string json, torch;
+  std::string json, torch, wanted;
   int rounds = 7;
 };
 
-void add_rows(const Case& c, const Times& times, const std::map<std::string, double>& torch,
-              std::vector<Result>& results) {
+void add_rows(const Case& c, const Times& times, std::vector<Result>& results) {
   const octet::GemmProblem& p = c.problem;
   const double flops =
       2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
   double rival = times.bare.median_ms;
-  const auto row = [&](const std::string& who, double ms, std::optional<double> spread) {
+  const auto row = [&](const std::string& who, const Timing& timing) {
     Result r{.name = c.name,
              .metric = who,
              .unit = "TFLOP/s",
              .target = {},
-             .median_ms = ms,
-             .spread = spread};
+             .median_ms = timing.median_ms,
+             .spread = timing.spread};
     r.flops = flops;
-    r.value = flops / ms * 1e-9;
+    r.value = flops / timing.median_ms * 1e-9;
     return r;
   };
-  results.push_back(row("octet", times.octet.median_ms, times.octet.spread));
-  results.push_back(row("bare cuBLASLt", times.bare.median_ms, times.bare.spread));
+  results.push_back(row("octet", times.octet));
+  results.push_back(row("bare cuBLASLt", times.bare));
   std::string line = "| " + c.name + " | " + text_of("%.0f", results.rbegin()[1].value) + " | " +
                      text_of("%.0f", results.back().value);
-  const auto other = torch.find(c.name);
-  if (other != torch.end()) {
-    rival = std::min(rival, other->second);
-    results.push_back(row("torch", other->second, {}));
+  if (times.torch) {
+    rival = std::min(rival, times.torch->median_ms);
+    results.push_back(row("torch", *times.torch));
     line += " | " + text_of("%.0f", results.back().value);
   } else {
     line += " | ";
   }
-  Result ratio = row("over the best rival", times.octet.median_ms, times.octet.spread);
+  Result ratio = row("over the best rival", times.octet);
   ratio.unit = "1";
   ratio.value = rival / times.octet.median_ms;
   ratio.target = kTarget;
@@ -253,40 +230,34 @@ void add_rows(const Case& c, const Times& times, const std::map<std::string, dou
 
 int run(const Options& options) {
   octet::require(options.rounds >= 1, "--rounds ", options.rounds, ": must be at least 1");
-  const auto torch = read_torch(options.torch);
+  std::vector<Case> cases = all_cases();
+  std::erase_if(cases,
+                [&](const Case& c) { return c.name.find(options.wanted) == std::string::npos; });
+  octet::require(!cases.empty(), "--case ", options.wanted, ": no case has this in its name");
+  std::unique_ptr<TorchChild> torch;
+  if (!options.torch.empty()) torch = std::make_unique<TorchChild>(options.torch);
+  const std::string torch_version = torch ? torch->version() : "";
+  if (torch_version.empty()) torch.reset();
   const Gpu gpu;
   octet::GemmRegistry gemms(gpu.context);
+  std::printf("%s, torch: %s\n\n", gpu.properties.name,
+              torch ? torch_version.c_str() : "none, so without its column");
   std::printf(
-      "%s\n\nTFLOP/s\n\n| T x N x K, pass | octet | bare cuBLASLt | torch | over the best "
+      "TFLOP/s\n\n| T x N x K, pass | octet | bare cuBLASLt | torch | over the best "
       "| >= %.2f | algorithms tried | prepare() s |\n|---|---|---|---|---|---|---|---|\n",
-      gpu.properties.name, kTarget);
+      kTarget);
   std::vector<Result> results;
-  for (const Case& c : all_cases()) {
-    add_rows(c, measure(gemms, c.problem, options.rounds), torch, results);
+  for (const Case& c : cases) {
+    add_rows(c, measure(gemms, c.problem, torch.get(), options.rounds), results);
   }
-  Result host{.name = "host time of a call, 256x256x256",
-              .metric = "host time",
-              .unit = "us",
-              .target = kHostTarget,
-              .bound = Bound::below,
-              .spread = {}};
-  const HostTimes host_times = host_us(gemms);
-  host.value = host_times.octet;
-  host.median_ms = host.value / 1e3;
-  results.push_back(host);
-  std::printf("\nhost time of a call: %.2f us (below %.0f: %s), of cublasLtMatmul alone: %.2f us\n",
-              host.value, kHostTarget, host.met() ? "yes" : "NO", host_times.bare);
-  host.name += ", bare cuBLASLt";
-  host.target.reset();
-  host.value = host_times.bare;
-  host.median_ms = host.value / 1e3;
-  results.push_back(host);
+  add_host_rows(gemms, results);
   if (!options.json.empty()) {
     write_json(options.json,
                {{"benchmark", "gemm_bench"},
                 {"device", gpu.properties.name},
                 {"gpus", 1},
                 {"cublaslt", cublasLtGetVersion()},
+                {"torch", torch ? nlohmann::ordered_json(torch_version) : nullptr},
                 {"rounds", options.rounds}},
                results);
   }
@@ -300,7 +271,8 @@ int main(int argc, char** argv) {
   bench::Options options;
   CLI::App app("FP8 products on CUDA device 0 against bare cuBLASLt and torch._scaled_mm.");
   app.add_option("--rounds", options.rounds, "Timed batches of each case (default: 7)");
-  app.add_option("--torch", options.torch, "File with what torch_scaled_mm.py printed");
+  app.add_option("--torch", options.torch, "torch_scaled_mm.py, for torch to take its turn");
+  app.add_option("--case", options.wanted, "Only cases with this in their name");
   app.add_option("--json", options.json, "Write the results to this file");
   try {
     app.parse(argc, argv);

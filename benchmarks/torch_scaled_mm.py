@@ -1,28 +1,20 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Times torch._scaled_mm on the products of gemm_bench.
+"""Times torch._scaled_mm for gemm_bench, which starts it and asks for a batch whenever it is
+torch's turn.
 
-Prints one line of JSON; `gemm_bench --torch FILE` reads it. Exit code 2 where there is
-no PyTorch or no GPU.
+Reads requests from stdin, a JSON object a line, and answers each with one on stdout:
+  at the start    {"torch": VERSION, "device": NAME}
+  {"m": M, "n": N, "k": K, "a": "e4m3" or "e5m2", "fast": true or false}
+                  makes operands and forgets those before: {"ok": true} or {"error": TEXT}
+  {"runs": N}     times a batch of as many products: {"ms": MILLISECONDS OF ONE}
+Ends with its input; with exit code 3 at once where there is no PyTorch or no GPU.
 """
 import json
-import statistics
+import math
 import sys
 
-# (T, N, K), as in gemm_bench.
-SHAPES = [(4096, 4096, 4096), (8192, 8192, 8192), (8192, 6144, 2048), (8192, 2048, 8192),
-          (16384, 12288, 4096)]
-ROUNDS = 7
-BATCH_MS = 8.0
-
-
-def products():
-    """Name, [m, n, k] and whether the first operand is a gradient in E5M2."""
-    for tokens, n, k in SHAPES:
-        shape = f"{tokens}x{n}x{k}"
-        yield f"{shape} forward", (tokens, n, k), False
-        yield f"{shape} input gradient", (tokens, k, n), True
-        yield f"{shape} weight gradient", (n, k, tokens), True
+LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 
 
 def main():
@@ -30,38 +22,58 @@ def main():
         import torch
     except ImportError as error:
         print(f"torch_scaled_mm.py: PyTorch is missing ({error})", file=sys.stderr)
-        return 2
+        return 3
     if not torch.cuda.is_available():
         print("torch_scaled_mm.py: PyTorch finds no CUDA device", file=sys.stderr)
-        return 2
+        return 3
+    types = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
-    def batch_ms(work, runs):
+    def operand(rows, columns, name):
+        """As gemm_bench's own: normal values in BF16, scaled by the largest power of two that fits,
+        because power and clock depend on the values."""
+        wide = torch.randn(rows, columns, device="cuda").bfloat16()
+        scale = 2.0 ** math.floor(math.log2(LARGEST[name] / wide.abs().max().item()))
+        return (wide * scale).to(types[name]), torch.full((), 1.0 / scale, device="cuda")
+
+    def product(case):
+        a, a_scale = operand(case["m"], case["k"], case["a"])
+        b, b_scale = operand(case["n"], case["k"], "e4m3")
+
+        def run():
+            torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale,
+                             out_dtype=torch.bfloat16, use_fast_accum=case["fast"])
+
+        run()
+        torch.cuda.synchronize()
+        return run
+
+    def batch_ms(run, runs):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(runs):
-            work()
+            run()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / runs
 
+    def answer(reply):
+        print(json.dumps(reply), flush=True)
+
     torch.manual_seed(1)
-    one = torch.ones((), device="cuda")
-    results = {}
-    for name, (m, n, k), gradient in products():
-        a = (torch.randn(m, k, device="cuda") * 64).to(
-            torch.float8_e5m2 if gradient else torch.float8_e4m3fn)
-        b = (torch.randn(n, k, device="cuda") * 64).to(torch.float8_e4m3fn)
-        for fast in (False, True):
-            def work():
-                torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16,
-                                 use_fast_accum=fast)
-            first = batch_ms(work, 3)
-            runs = max(1, round(BATCH_MS / first))
-            batch_ms(work, runs)
-            times = [batch_ms(work, runs) for _ in range(ROUNDS)]
-            results[f"{name}, {'fast' if fast else 'promoted'}"] = statistics.median(times)
-    print(json.dumps({"torch": torch.__version__, "device": torch.cuda.get_device_name(0),
-                      "ms": results}))
+    answer({"torch": torch.__version__, "device": torch.cuda.get_device_name(0)})
+    run = None
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        if "runs" in request:
+            answer({"ms": batch_ms(run, request["runs"])})
+            continue
+        run = None
+        torch.cuda.empty_cache()
+        try:
+            run = product(request)
+            answer({"ok": True})
+        except RuntimeError as error:
+            answer({"error": str(error)})
     return 0
 
 
