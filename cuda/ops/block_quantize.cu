@@ -22,7 +22,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
     ByteTile<kTileGroups> tile;
     float lanes[kLanes][kTileColumns];
   } shared;
-  begin_dependent();
+  allow_next_kernel();
+  if (blockIdx.x < cast.ahead) prefetch_tile<In>(cast, blockIdx.x);
+  wait_for_previous_kernel();
   const TileSpot spot(cast);
   Counts counts;
   std::uint32_t largest = 0;

@@ -6,6 +6,7 @@
 #include <cuda_pipeline.h>
 
 #include "cuda/device/byte_tile.cuh"
+#include "cuda/device/dependent.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vector8.cuh"
 #include "octet/core/detail/scaling_math.hpp"
@@ -24,6 +25,13 @@ static_assert(kBlockElements == kTileRows * Tile::kColumns);
 /// Rows of a tile that are read at once, and with that the lanes of a column's sum.
 constexpr int kLanes = kThreads / kGroups;
 
+/// Where a kernel's scale comes from.
+enum class Mode : std::uint8_t {
+  given,     ///< it stays, its amax is raised
+  measured,  ///< from the amax that a kernel before has left
+  measures   ///< from the amax that this kernel finds
+};
+
 /// A cast as the kernels see it. A tensor without columns is `rows` elements in a row.
 struct Cast {
   const void* in;
@@ -36,7 +44,6 @@ struct Cast {
   float* column_sums;
   unsigned tiles;  // of the tensor, or pieces of as many elements in a row
   int staged;      // of those that a block measures it keeps so many in shared memory
-  bool given;      // the scale stays, its amax is raised
   bool in_aligned, out_aligned, transposed_aligned;
 };
 
@@ -226,21 +233,31 @@ __device__ void store_column_sums(float (*lanes)[8 * Groups], const float (&mine
   if (column < kColumns && column < columns) out[column] = unscaled(lanes[0][column], 1.0f);
 }
 
+/// For kernels that may start while the one before still writes: the input of the first blocks is
+/// on its way into the cache, which sees those writes too, while they wait.
+template <class V, class PlaceOf>
+__device__ void begin_with_prefetch(const Cast& cast, const PlaceOf& place_of) {
+  constexpr unsigned kFirst = 1024;  // more than any device runs at once
+  allow_next_kernel();
+  if (blockIdx.x < kFirst) V::prefetch(cast, place_of(blockIdx.x));
+  wait_for_previous_kernel();
+}
+
 /// What a block does with its tiles: place_of(tile) says where the vectors of a thread are,
 /// cast_tile(vectors, tile, scale) does the rest. One whose scale is given, or measured by a kernel
 /// before this one, has one tile. One that measures has every gridDim.x-th: it measures them all,
 /// waits for the other blocks (all must run at once) and casts them. It reads a second time what
 /// neither its registers nor its shared memory have kept. amax must hold 0 then. `word` is in
 /// shared memory.
-template <bool Measures, class V, class PlaceOf, class CastTile>
+template <Mode M, class V, class PlaceOf, class CastTile>
 __device__ void cast_all(const Cast& cast, std::uint32_t& word, const PlaceOf& place_of,
                          const CastTile& cast_tile) {
   V vectors;
-  if constexpr (!Measures) {
+  if constexpr (M != Mode::measures) {
     // After a pass over the input from its end on, because that is in the cache.
-    const unsigned tile = cast.given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const unsigned tile = M == Mode::given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     vectors.load(cast, place_of(tile));
-    cast_tile(vectors, tile, scale_of(cast, V::kOut));
+    cast_tile(vectors, tile, M == Mode::given ? cast.scale->scale : new_scale(cast, V::kOut));
     return;
   }
   extern __shared__ uint4 memory[];
@@ -262,7 +279,7 @@ __device__ void cast_all(const Cast& cast, std::uint32_t& word, const PlaceOf& p
   }
   block_atomic_max(largest, amax_word(cast.scale), word);
   cooperative_groups::this_grid().sync();
-  const float scale = scale_of(cast, V::kOut);
+  const float scale = new_scale(cast, V::kOut);
   cast_tile(vectors, tile_of(last), scale);
   for (int i = last - 1; i >= 0; --i) {
     if (i < staged) {

@@ -15,11 +15,10 @@ using namespace casts;
 /// Blocks of a multiprocessor that `Vectors` leave room for.
 constexpr int kBlocksPerSm = 4;
 
-template <class In, class Out, bool Measures>
+template <class In, class Out, Mode M>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     cast_rows_kernel(const __grid_constant__ Cast cast) {
   using V = Vectors<In, Out>;
-  if constexpr (!Measures) begin_dependent();
   Counts counts;
   std::uint32_t largest = 0;
   const auto place_of = [&](unsigned tile) {
@@ -36,16 +35,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           const auto place = place_of_vector(k);
           if (place.left > 0) store8<Out>(cast.out + place.at, codes, place.left, cast.out_aligned);
           if (cast.counters != nullptr) counts.add<Out>(x, scaled, codes);
-          if constexpr (!Measures) largest = max(largest, largest_of(x));
+          if constexpr (M == Mode::given) largest = max(largest, largest_of(x));
         });
   };
+  if constexpr (M != Mode::measures) begin_with_prefetch<V>(cast, place_of);
   __shared__ std::uint32_t word;
-  cast_all<Measures, V>(cast, word, place_of, cast_tile);
-  if (cast.given) record_amax(cast, largest);
+  cast_all<M, V>(cast, word, place_of, cast_tile);
+  if constexpr (M == Mode::given) record_amax(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
 }
 
-template <class In, class Out, bool Measures>
+template <class In, class Out, Mode M>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     cast_tiles_kernel(const __grid_constant__ Cast cast) {
   using V = Vectors<In, Out>;
@@ -54,7 +54,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     float lanes[kLanes][Tile::kColumns];
     std::uint32_t word;
   } shared;
-  if constexpr (!Measures) begin_dependent();
   Counts counts;
   std::uint32_t largest = 0;
   const unsigned group = threadIdx.x % kGroups, lane = threadIdx.x / kGroups;
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
             for (int i = 0; i < 8; ++i) sums[i] += x[i];
           }
-          if constexpr (!Measures) largest = max(largest, largest_of(x));
+          if constexpr (M == Mode::given) largest = max(largest, largest_of(x));
         });
     if (cast.transposed != nullptr) {
       shared.tile.store_transposed(
@@ -101,10 +100,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                                  cast.column_sums + row0 / kTileRows * cast.columns + column0,
                                  cast.columns - column0);
     }
-    if constexpr (Measures) __syncthreads();  // before the next tile takes the place of this one
+    if constexpr (M == Mode::measures)
+      __syncthreads();  // before the next tile takes the place of this one
   };
-  cast_all<Measures, V>(cast, shared.word, place_of, cast_tile);
-  if (cast.given) record_amax(cast, largest);
+  if constexpr (M != Mode::measures) begin_with_prefetch<V>(cast, place_of);
+  cast_all<M, V>(cast, shared.word, place_of, cast_tile);
+  if constexpr (M == Mode::given) record_amax(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
 }
 
@@ -196,7 +197,6 @@ Cast cast_of(const QuantizeArgs& args) {
   cast.scale = args.out.scale;
   cast.nonfinite = args.nonfinite;
   cast.counters = args.counters;
-  cast.given = args.scaling == Scaling::given;
   const bool whole_vectors = !in_tiles || cast.columns % 8 == 0;
   cast.in_aligned = whole_vectors && is_aligned_to_vectors(args.in.data, size_of(args.in.dtype));
   cast.out_aligned = whole_vectors && is_aligned_to_vectors(cast.out, 1);
@@ -238,8 +238,8 @@ Residents residents_of(const Context& ctx, void (*kernel)(Cast), std::size_t til
 /// device keeps is still faster so (measured), although the other half is read twice.
 template <class In, class Out>
 bool launch_measuring_cast(const Context& ctx, Cast cast) {
-  const auto kernel =
-      cast.columns != 0 ? cast_tiles_kernel<In, Out, true> : cast_rows_kernel<In, Out, true>;
+  const auto kernel = cast.columns != 0 ? cast_tiles_kernel<In, Out, Mode::measures>
+                                        : cast_rows_kernel<In, Out, Mode::measures>;
   const Residents residents =
       residents_of(ctx, kernel, kBlockElements * sizeof(typename In::Storage));
   if (cast.tiles > 2 * (1 + static_cast<unsigned>(residents.staged)) * residents.blocks) {
@@ -266,19 +266,23 @@ bool launch_measuring_cast(const Context& ctx, Cast cast) {
   return true;
 }
 
+template <class In, class Out, Mode M>
+void launch_one_pass(const Context& ctx, const Cast& cast) {
+  const auto kernel =
+      cast.columns != 0 ? cast_tiles_kernel<In, Out, M> : cast_rows_kernel<In, Out, M>;
+  launch_dependent(ctx, kernel, cast.tiles, kThreads, cast);
+}
+
 template <class In, class Out>
 void launch_cast(const Context& ctx, const QuantizeArgs& args) {
   const Cast cast = cast_of(args);
-  if (!cast.given) {
-    if (launch_measuring_cast<In, Out>(ctx, cast)) return;
-    const std::int64_t count = args.in.numel();
-    amax_kernel<In><<<blocks_for(count), kThreads, 0, ctx.stream()>>>(
-        args.in.as<const typename In::Storage>(), count,
-        is_aligned_to_vectors(args.in.data, size_of(args.in.dtype)), amax_word(cast.scale));
-  }
-  const auto kernel =
-      cast.columns != 0 ? cast_tiles_kernel<In, Out, false> : cast_rows_kernel<In, Out, false>;
-  launch_dependent(ctx, kernel, cast.tiles, kThreads, cast);
+  if (args.scaling == Scaling::given) return launch_one_pass<In, Out, Mode::given>(ctx, cast);
+  if (launch_measuring_cast<In, Out>(ctx, cast)) return;
+  const std::int64_t count = args.in.numel();
+  amax_kernel<In><<<blocks_for(count), kThreads, 0, ctx.stream()>>>(
+      args.in.as<const typename In::Storage>(), count,
+      is_aligned_to_vectors(args.in.data, size_of(args.in.dtype)), amax_word(cast.scale));
+  launch_one_pass<In, Out, Mode::measured>(ctx, cast);
 }
 
 void zero_amax(const Context& ctx, TensorScale* scale) {
