@@ -68,7 +68,7 @@ class FormatTable {
   /// Code of the largest magnitude not above |x| (finite).
   std::uint32_t floor_code(double x) const {
     // Of the table only the codes with x's exponent: most of the tests' time goes into this search.
-    const double magnitude = std::min(std::abs(x), max());
+    const double magnitude = std::min(max(), std::abs(x));
     const std::ptrdiff_t length = std::ptrdiff_t{1} << definition_.mantissa_bits;
     const bool subnormal = magnitude < values_[static_cast<std::size_t>(length)];
     const auto first =
