@@ -91,6 +91,8 @@ TEST_CASE("cuBLASLt: every pair of scales that it takes, whole numbers: exact") 
                                 .k = k,
                                 .b = d == DType::f32 ? DType::e4m3 : DType::e5m2,
                                 .d = d,
+                                .lda = accumulate ? k + 32 : 0,
+                                .ldb = accumulate ? k + 16 : 0,
                                 .a_scales = a,
                                 .b_scales = b,
                                 .accumulate = accumulate};
@@ -124,6 +126,30 @@ TEST_CASE("cuBLASLt: D, summands, bias and activations after FP8 products") {
     CHECK(mistake(c, vendor.run(c), error_of_activation(p)) == "");
   }
   if (ran == 0) WARN("skipped: the device has no FP8 products");
+}
+
+TEST_CASE("cuBLASLt: products with scales of blocks are promoted, fast or not") {
+  if (is_missing()) return;
+  Vendor vendor(Context::cuda(0, nullptr));
+  Case c = make_case({.m = 48,
+                      .n = 32,
+                      .k = 16384,
+                      .a_scales = Granularity::row_block,
+                      .b_scales = Granularity::tile},
+                     Values::normal, 5);
+  // Without signs, so that sums grow all the way.
+  for (Operand* x : {&c.a, &c.b}) {
+    for (std::uint8_t& code : x->stored) code &= 0x7F;
+    for (double& value : x->values) value = std::abs(value);
+  }
+  for (Accumulation how : {Accumulation::promoted, Accumulation::fast}) {
+    c.p.accumulation = how;
+    if (!vendor.takes(c.p)) {
+      WARN("skipped: the device has no FP8 products with scales of blocks");
+      return;
+    }
+    CHECK(mistake(c, vendor.run(c), std::ldexp(1.0, -10)) == "");
+  }
 }
 
 TEST_CASE("cuBLASLt: deterministic products have the same bits on every stream, beside others") {

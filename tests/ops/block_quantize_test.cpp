@@ -53,7 +53,7 @@ TEST_CASE("block casts follow their definition for every format and set of outpu
     for (const BlockKind& kind : kKinds) {
       for (DType in : kInputs) {
         for (DType out : kOutputs) {
-          const Shape shape{300, 264};
+          const Shape shape{140, 264};
           const std::vector<float> values = block_values(shape, 11);
           for (int what = 0; what < 4; ++what) {
             check_by_definition(ctx,
