@@ -178,6 +178,50 @@ TEST_CASE_METHOD(Fixture, "registry: wrong arguments are named before anything r
                 {.a = operand.data(), .b = operand.data(), .d = d.data()}) == "no error");
 }
 
+TEST_CASE_METHOD(Fixture, "registry: pointers off by 1, 4 and 8 bytes are refused by name") {
+  const GemmProblem p{.m = 4,
+                      .n = 8,
+                      .k = 16,
+                      .d = DType::e4m3,
+                      .bias = true,
+                      .activation = Activation::gelu,
+                      .aux = true};
+  Buffer memory(ctx, 4096);
+  zero_bytes(ctx, memory.data(), memory.bytes());
+  char* base = memory.as<char>();
+  const auto word = [&](int at) { return reinterpret_cast<float*>(base + at); };
+  const GemmArgs good{.a = base,
+                      .a_scales = word(1024),
+                      .b = base + 256,
+                      .b_scales = word(1040),
+                      .d = d.data(),
+                      .bias = base + 2048,
+                      .aux = base + 3072,
+                      .d_scale = word(1056),
+                      .d_amax = word(1072)};
+  CHECK(error_of([&] { gemms.run(p, good); }) == "no error");
+  const Bytes before = d.values<std::uint8_t>();
+  const auto message = [&](auto GemmArgs::*pointer, int bytes) {
+    GemmArgs args = good;
+    auto& moved = args.*pointer;
+    moved = reinterpret_cast<std::remove_reference_t<decltype(moved)>>(
+        reinterpret_cast<std::uintptr_t>(moved) + static_cast<std::uintptr_t>(bytes));
+    return error_of([&] { gemms.run(p, args); });
+  };
+  for (int bytes : {1, 4, 8}) {
+    CHECK(missing(message(&GemmArgs::a, bytes), {": a is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::a_scales, bytes), {": a_scales is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::b, bytes), {": b is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::b_scales, bytes), {": b_scales is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::d, bytes), {": d is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::bias, bytes), {": bias is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::aux, bytes), {": aux is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::d_scale, bytes), {": d_scale is at", "16 bytes"}) == "");
+    CHECK(missing(message(&GemmArgs::d_amax, bytes), {": d_amax is at", "16 bytes"}) == "");
+  }
+  CHECK(first_difference(d.values<std::uint8_t>(), before) == "");
+}
+
 TEST_CASE_METHOD(Fixture, "registry: a D that overlaps what is read is refused") {
   const GemmProblem p{.m = 4, .n = 8, .k = 16};
   Buffer memory(ctx, 4096);

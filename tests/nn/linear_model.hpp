@@ -80,7 +80,7 @@ inline double decoding_factor(double amax, DType dtype, Granularity granularity)
   if (granularity != Granularity::mx) return 1 / reference_scale(amax, max);
   // The exponent of a quotient in FP32, rounded up.
   const float quotient = static_cast<float>(amax) * static_cast<float>(1 / max);
-  int exponent = -127;
+  int exponent = std::max(std::ilogb(quotient), -127);
   while (std::ldexp(1.0, exponent) < static_cast<double>(quotient)) ++exponent;
   return std::ldexp(1.0, exponent);
 }

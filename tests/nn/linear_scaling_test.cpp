@@ -163,6 +163,37 @@ TEST_CASE("with delayed scaling the first pass measures and later ones take the 
   }
 }
 
+TEST_CASE("the micro-batches of a step have one scale and are one entry of the history") {
+  for (const Context& ctx : test_contexts()) {
+    Layer layer(ctx, Fp8Recipe::delayed);
+    const DelayedScalingConfig two{.amax_history_len = 2};
+    DelayedScaling scaling(ctx, two, layer.linear().delayed_entries());
+    layer.pass(10, 1.0f);
+    scaling.update();
+    const TensorScale small[] = {layer.scale(0), layer.scale(1)};
+    // The largest in the middle, neither first nor last.
+    TensorScale large[2];
+    for (float size : {2.0f, 32.0f, 0.5f, 4.0f}) {
+      layer.pass(10, size, size);
+      for (std::size_t i : {0u, 1u}) {
+        if (size == 32.0f) large[i] = layer.own_scale(i);
+        CHECK(layer.scale(i).scale == small[i].scale);
+      }
+    }
+    for (std::size_t i : {0u, 1u}) CHECK(layer.scale(i).amax == large[i].amax);
+    scaling.update();
+    for (std::size_t i : {0u, 1u}) CHECK(layer.scale(i).scale == large[i].scale);
+    // One step later it is still there; it leaves with the second, not with a micro-batch.
+    for (float expected_of : {32.0f, 1.0f}) {
+      for (int micro = 0; micro < 3; ++micro) layer.pass(10, 1.0f);
+      scaling.update();
+      for (std::size_t i : {0u, 1u}) {
+        CHECK(layer.scale(i).scale == (expected_of == 32.0f ? large : small)[i].scale);
+      }
+    }
+  }
+}
+
 TEST_CASE("an update between a forward and its backward does not reach the saved activation") {
   for (const Context& ctx : test_contexts()) {
     Layer plain(ctx, Fp8Recipe::delayed), updated(ctx, Fp8Recipe::delayed);

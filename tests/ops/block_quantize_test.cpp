@@ -27,7 +27,7 @@ std::uint8_t scale_byte(const Blocks& blocks, const ScalePlaces& places, std::in
 }  // namespace
 
 TEST_CASE("block casts follow their definition in every shape") {
-  constexpr std::int64_t kSizes[] = {0, 1, 15, 16, 17, 31, 32, 33, 127, 128, 129};
+  constexpr std::int64_t kSizes[] = {0, 1, 8, 15, 16, 17, 31, 32, 33, 127, 128, 129};
   for (const Context& ctx : test_contexts()) {
     std::uint32_t seed = 0;
     for (std::int64_t rows : kSizes) {
@@ -50,26 +50,45 @@ TEST_CASE("block casts follow their definition in every shape") {
 
 TEST_CASE("block casts follow their definition for every format and set of outputs") {
   for (const Context& ctx : test_contexts()) {
-    for (const Shape& shape : {Shape{5743, 40}, Shape{40, 5743}, Shape{300, 264}}) {
+    for (const BlockKind& kind : kKinds) {
+      for (DType in : kInputs) {
+        for (DType out : kOutputs) {
+          const Shape shape{140, 264};
+          const std::vector<float> values = block_values(shape, 11);
+          for (int what = 0; what < 4; ++what) {
+            check_by_definition(ctx,
+                                {.in = in,
+                                 .out = out,
+                                 .shape = shape,
+                                 .kind = kind,
+                                 .row_major = what != 1,
+                                 .transposed = what != 0,
+                                 .padded = what == 2,
+                                 .sums = what < 2,
+                                 .counts = what != 2},
+                                values);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("block casts of a prime number of rows or columns follow their definition") {
+  for (const Context& ctx : test_contexts()) {
+    for (const Shape& shape : {Shape{5743, 33}, Shape{33, 5743}}) {
       for (const BlockKind& kind : kKinds) {
         for (DType in : kInputs) {
-          for (DType out : kOutputs) {
-            const std::vector<float> values = block_values(shape, 11);
-            for (int what = 0; what < 4; ++what) {
-              if (what < 3 && shape != Shape{300, 264}) continue;
-              check_by_definition(ctx,
-                                  {.in = in,
-                                   .out = out,
-                                   .shape = shape,
-                                   .kind = kind,
-                                   .row_major = what != 1,
-                                   .transposed = what != 0,
-                                   .padded = what == 2,
-                                   .sums = what < 2,
-                                   .counts = what != 2},
-                                  values);
-            }
-          }
+          const DType out = in == DType::bf16 ? DType::e5m2 : DType::e4m3;
+          check_by_definition(ctx,
+                              {.in = in,
+                               .out = out,
+                               .shape = shape,
+                               .kind = kind,
+                               .padded = in == DType::f32,
+                               .sums = true,
+                               .counts = true},
+                              block_values(shape, 11));
         }
       }
     }
@@ -78,15 +97,18 @@ TEST_CASE("block casts follow their definition for every format and set of outpu
 
 TEST_CASE("block casts at every address have the CPU's bits") {
   for (const Context& ctx : test_contexts()) {
+    const bool is_cpu = ctx.device().type == DeviceType::cpu;
     for (const BlockKind& kind : kKinds) {
       for (DType in : kInputs) {
         for (const Shape& shape : {Shape{128, 256}, Shape{257, 136}, Shape{130, 33}}) {
+          BlockCase c{.in = in, .shape = shape, .kind = kind, .counts = true};
+          const std::vector<float> values = block_values(shape, 12);
+          const BlockResult expected = run_blocks(Context::cpu(), c, values);
           for (std::int64_t offset : {0, 1, 4, 8}) {
-            const BlockCase c{
-                .in = in, .shape = shape, .kind = kind, .counts = true, .offset = offset};
-            const std::vector<float> values = block_values(shape, 12);
+            if (is_cpu && offset != 1) continue;  // one kind of access
+            c.offset = offset;
             INFO(describe(ctx, c));
-            check_equal(run_blocks(ctx, c, values), run_blocks(Context::cpu(), c, values));
+            check_equal(run_blocks(ctx, c, values), expected);
           }
         }
       }

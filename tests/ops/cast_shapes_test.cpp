@@ -72,28 +72,30 @@ TEST_CASE("every shape and address gives the CPU's bits") {
                           {15, 16},   {16, 15},   {257, 129}, {1, 20000}, {20000, 1},
                           {384, 72},  {3, 5},     {1000, 24}, {640, 1000}};
   for (const Context& ctx : test_contexts()) {
+    const bool is_cpu = ctx.device().type == DeviceType::cpu;
     for (DType in : kInputs) {
       for (DType out : kOutputs) {
         for (const Shape& shape : shapes) {
           const std::vector<float> values = values_for(shape, 5);
           for (Scaling scaling : {Scaling::current, Scaling::given}) {
-            for (std::int64_t offset : {0, 1, 4, 8}) {
-              if (ctx.device().type == DeviceType::cpu && offset > 1)
-                continue;  // one kind of access
-              for (int what = 0; what < 4; ++what) {
-                CastCase c{.in = in,
-                           .out = out,
-                           .shape = shape,
-                           .row_major = what != 1,
-                           .transposed = what == 1 || what == 2,
-                           .sums = what >= 2,
-                           .counts = what == 2,
-                           .scaling = scaling,
-                           .scale = {0.25f, 4.0f, 0.0f},
-                           .offset = offset};
-                if (what == 3 && offset != 0) continue;
+            for (int what = 0; what < 4; ++what) {
+              // The CPU has one kind of access: there only an odd address can make a difference.
+              if (is_cpu && (what == 3 || shape.numel() > 50000)) continue;
+              CastCase c{.in = in,
+                         .out = out,
+                         .shape = shape,
+                         .row_major = what != 1,
+                         .transposed = what == 1 || what == 2,
+                         .sums = what >= 2,
+                         .counts = what == 2,
+                         .scaling = scaling,
+                         .scale = {0.25f, 4.0f, 0.0f}};
+              const CastResult expected = run_cast(Context::cpu(), c, values);
+              for (std::int64_t offset : {0, 1, 4, 8}) {
+                if (is_cpu ? offset != 1 : what == 3 && offset != 0) continue;
+                c.offset = offset;
                 INFO(describe(ctx, c));
-                check_equal(run_cast(ctx, c, values), run_cast(Context::cpu(), c, values));
+                check_equal(run_cast(ctx, c, values), expected);
               }
             }
           }

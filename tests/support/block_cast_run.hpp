@@ -80,7 +80,8 @@ struct ScalePlaces {
 inline std::uint8_t reference_e8m0(float amax, DType dtype) {
   const float product = amax * static_cast<float>(1.0 / table_of(dtype).max());
   if (std::isnan(product)) return 255;
-  int byte = 0;
+  // From the power of two below it on.
+  int byte = std::clamp(std::ilogb(product), -127, 127) + 127;
   while (byte < 254 && std::ldexp(1.0, byte - 127) < static_cast<double>(product)) ++byte;
   return static_cast<std::uint8_t>(byte);
 }

@@ -67,8 +67,15 @@ class FormatTable {
 
   /// Code of the largest magnitude not above |x| (finite).
   std::uint32_t floor_code(double x) const {
-    const auto above = std::upper_bound(values_.begin(), values_.end(), std::abs(x));
-    return static_cast<std::uint32_t>(above - values_.begin()) - 1;
+    // Of the table only the codes with x's exponent: most of the tests' time goes into this search.
+    const double magnitude = std::min(max(), std::abs(x));
+    const std::ptrdiff_t length = std::ptrdiff_t{1} << definition_.mantissa_bits;
+    const bool subnormal = magnitude < values_[static_cast<std::size_t>(length)];
+    const auto first =
+        values_.begin() + (subnormal ? 0 : std::ilogb(magnitude) + definition_.bias) * length;
+    const auto last = std::min(length, values_.end() - first) + first;
+    return static_cast<std::uint32_t>(std::upper_bound(first, last, magnitude) - values_.begin()) -
+           1;
   }
 
   /// Width of the gap of the table that |x| lies in; of the topmost one beyond the maximum.
@@ -118,10 +125,11 @@ inline std::uint32_t bits_of(float x) { return __builtin_bit_cast(std::uint32_t,
 inline float next_up(float x) { return std::nextafter(x, INFINITY); }
 inline float next_down(float x) { return std::nextafter(x, -INFINITY); }
 
-/// Power-of-two scale of numerics section 2 by a plain search for the exponent.
+/// Power-of-two scale of numerics section 2 by a search for the exponent, from one that is too
+/// large.
 inline double reference_scale(double amax, double maximum) {
   if (amax == 0) return 1.0;
-  int exponent = 126;
+  int exponent = std::clamp(std::ilogb(maximum / amax) + 1, -126, 126);
   while (exponent > -126 && amax * std::ldexp(1.0, exponent) > maximum) --exponent;
   return std::ldexp(1.0, exponent);
 }
