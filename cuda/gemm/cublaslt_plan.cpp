@@ -79,11 +79,10 @@ void prefer(cublasLtMatmulPreference_t preference, const GemmProblem& problem,
       cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)), problem);
 }
 
-/// The ways to add up a product cut along k. In place, parts are added in whichever order they
-/// come, and bits differ from run to run: never. Parts rounded to D are rounded once too often
-/// unless D is FP32.
+/// The ways to add up a product cut along k: in the workspace, in a fixed order, which gives the
+/// same bits in every run (so GemmProblem::deterministic asks for nothing more). Parts rounded to D
+/// are rounded once too often unless D is FP32. In place, parts wait for one another; never.
 std::uint32_t reduction_schemes(const GemmProblem& problem) {
-  if (problem.deterministic) return CUBLASLT_REDUCTION_SCHEME_NONE;
   if (problem.d != DType::f32) return CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
   return CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
 }

@@ -163,7 +163,7 @@ class Vectors {
 
 /// The scale that follows from the measured amax. Every block works it out for itself; where amax
 /// is not finite nobody writes the old scale, so it can be read.
-__device__ inline float scale_of(const Cast& cast, DType dtype) {
+__device__ inline float new_scale(const Cast& cast, DType dtype) {
   const float amax = __ldcg(&cast.scale->amax);
   TensorScale old;
   const bool is_finite = is_finite_bits(magnitude_bits(amax));

@@ -148,6 +148,10 @@ Reason check_d(const GemmProblem& p) {
   if (p.a == DType::f32 && p.d != DType::f32)
     return text("d is ", name_of(p.d), "; f32 operands give f32");
   if (!fp8) return {};
+  if (is_fp8(p.d) && (p.a == DType::e5m2 || p.b == DType::e5m2)) {
+    // Its amax of D would leave infinity out.
+    return text("d is ", name_of(p.d), " and an operand e5m2, which may hold infinity");
+  }
   if (Reason no = check_row_bytes("n", p.n, p.d); !no.empty()) return no;
   return check_row_bytes("ldd", detail::row_stride_d(p), p.d);
 }
@@ -165,6 +169,9 @@ Reason check_epilogue(const GemmProblem& p) {
   if (p.activation == Activation::none) return {};
   if (p.accumulate) return "accumulate is not fused with an activation";
   if (p.activation == Activation::dgelu && p.bias) return "bias is not fused with dgelu";
+  if (p.activation == Activation::dgelu && is_fp8(p.d)) {
+    return text("d is ", name_of(p.d), "; dgelu is fused with f32 and bf16");
+  }
   if (!p.aux) return {};
   if (p.aux_type != d) return text("aux is ", name_of(p.aux_type), ", fused it is ", name_of(d));
   if (p.a_scales != tensor) return text("aux is not fused with ", name_of(p.a_scales), " scales");

@@ -291,7 +291,8 @@ class Backends {
         allowed = std::max(allowed, kPromotedError);
       }
       if (is_fused_by_vendor(support)) {
-        allowed = std::max(allowed, vendor_activation_error(c.p.activation));
+        allowed = std::max(
+            {allowed, vendor_activation_error(c.p.activation), vendor_accumulate_error(c.p)});
       }
       wrong = mistake(c, r, allowed);
       if (!wrong.empty()) {

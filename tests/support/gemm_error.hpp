@@ -25,4 +25,9 @@ constexpr double vendor_activation_error(Activation activation) {
   return 0.0;
 }
 
+/// Of a D in BF16 that cuBLASLt accumulates into: it rounds the product before it adds D.
+constexpr double vendor_accumulate_error(const GemmProblem& p) {
+  return p.accumulate && p.d == DType::bf16 ? 0x1p-9 : 0.0;
+}
+
 }  // namespace octet::test
