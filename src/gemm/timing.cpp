@@ -14,7 +14,7 @@ namespace {
 /// Seconds after which no more calls are tried, or no further round is run.
 constexpr double kMostSeconds = 1.5;
 /// Seconds of a first timing: long beside what starting and waiting cost.
-constexpr double kShort = 2e-4;
+constexpr double kShort = 6e-4;
 constexpr int kMostRuns = 200;
 /// The fastest so far run in turn, so that a clock that changes meets all. The last ones run as
 /// long as a trainer would have them: what is ahead on a cool device can lose on one at its power
@@ -24,7 +24,7 @@ struct Heat {
   int rounds;
   double seconds;  ///< of a runner in a round
 };
-constexpr Heat kHeats[] = {{12, 3, 1.5e-3}, {4, 7, 6e-3}};
+constexpr Heat kHeats[] = {{16, 3, 1.5e-3}, {5, 7, 6e-3}};
 /// Of made-up values: fills E4M3 as a cast does that scales the largest to the end of the range.
 constexpr float kSigma = 64.0f;
 
