@@ -37,9 +37,11 @@ std::vector<LinearShape> all_shapes() {
   LinearShape added = kWide;
   added.main_grad = true;
   return {{1024, 1024, 1024},
+          {1408, 1408, 1408},
           kMiddle,
           {1500, 1500, 1500},
           {2048, 2048, 2048},
+          {2560, 2560, 2560},
           {4096, 4096, 4096},
           {8192, 4096, 4096},
           kWide,
