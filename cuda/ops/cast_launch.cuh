@@ -29,7 +29,8 @@ void for_wide_dtype(DType dtype, F&& f) {
   f(Element<DType::f32>{});
 }
 
-/// Launches a kernel that calls begin_dependent(): it may start while the one before still runs.
+/// Launches a kernel that calls wait_for_previous_kernel(): it may start while the one before still
+/// runs.
 template <class Cast>
 void launch_dependent(const Context& ctx, void (*kernel)(Cast), std::int64_t blocks,
                       unsigned threads, const Cast& cast) {

@@ -3,7 +3,6 @@
 // transposed, or summed by columns, goes in tiles of 128 rows and 64 columns.
 #include <algorithm>
 
-#include "cuda/device/dependent.cuh"
 #include "cuda/ops/cast_launch.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 
@@ -38,7 +37,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           if constexpr (M == Mode::given) largest = max(largest, largest_of(x));
         });
   };
-  if constexpr (M != Mode::measures) begin_with_prefetch<V>(cast, place_of);
   __shared__ std::uint32_t word;
   cast_all<M, V>(cast, word, place_of, cast_tile);
   if constexpr (M == Mode::given) record_amax(cast, largest);
@@ -103,7 +101,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if constexpr (M == Mode::measures)
       __syncthreads();  // before the next tile takes the place of this one
   };
-  if constexpr (M != Mode::measures) begin_with_prefetch<V>(cast, place_of);
   cast_all<M, V>(cast, shared.word, place_of, cast_tile);
   if constexpr (M == Mode::given) record_amax(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
