@@ -242,24 +242,17 @@ bool launch_measuring_cast(const Context& ctx, Cast cast) {
   if (cast.tiles > 2 * (1 + static_cast<unsigned>(residents.staged)) * residents.blocks) {
     return false;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = std::min(cast.tiles, residents.blocks);
-  launch.blockDim = kThreads;
-  launch.stream = ctx.stream();
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  if (cast.tiles > residents.blocks) {
-    launch.dynamicSmemBytes = residents.bytes;
-    cast.staged = residents.staged;
-    OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(residents.bytes)));
-    OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                          cudaSharedmemCarveoutMaxShared));
+  const std::int64_t blocks = std::min(cast.tiles, residents.blocks);
+  if (blocks == cast.tiles) {
+    launch_cooperative(ctx, kernel, blocks, kThreads, 0, cast);
+    return true;
   }
-  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, cast));
+  cast.staged = residents.staged;
+  OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(residents.bytes)));
+  OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+  launch_cooperative(ctx, kernel, blocks, kThreads, residents.bytes, cast);
   return true;
 }
 
