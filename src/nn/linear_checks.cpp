@@ -58,8 +58,10 @@ void check_linear_config(const LinearConfig& c) {
 void Linear::Impl::check(const char* what, const TensorView& view, Shape shape,
                          DTypes allowed) const {
   require(view.shape == shape, "Linear: ", what, " has shape ", view.shape, "; it must be ", shape);
-  require(contains(allowed, view.dtype), "Linear: ", what, " is ", name_of(view.dtype), "; ",
-          names_of(allowed), allowed.size() == 1 ? " is" : " are", " allowed");
+  if (!contains(allowed, view.dtype)) {  // no text is made unless it is needed
+    fail("Linear: ", what, " is ", name_of(view.dtype), "; ", names_of(allowed),
+         allowed.size() == 1 ? " is" : " are", " allowed");
+  }
   require(view.device == ctx.device(), "Linear: ", what, " is on ", view.device, "; it must be on ",
           ctx.device());
   require(!view.empty() || view.numel() == 0, "Linear: ", what, " of shape ", shape,
