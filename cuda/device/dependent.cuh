@@ -20,10 +20,4 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
-/// For rows of small kernels: the next is launched while this one runs, and waits here.
-__device__ inline void begin_dependent() {
-  allow_next_kernel();
-  wait_for_previous_kernel();
-}
-
 }  // namespace octet::detail::cuda

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "cuda/check.hpp"
 #include "cuda/device/dependent.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/ops/adamw_rows.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 #include "octet/ops/detail/adamw_math.hpp"
@@ -234,21 +234,13 @@ void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
   const std::int64_t sums = args.max_norm > 0.0f ? args.total_segments : 0;
   const std::int64_t wanted = std::max((args.tensor_count + kTensorThreads - 1) / kTensorThreads,
                                        (sums + kSumsOfBlock - 1) / kSumsOfBlock);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t launch{};
   // All must run at once, and one always fits a multiprocessor.
   int multiprocessors = 0;
   OCTET_CUDA_CHECK(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, ctx.device().index));
-  launch.gridDim = static_cast<unsigned>(
-      std::clamp<std::int64_t>(wanted, 1, std::min(kMaxBlocks, multiprocessors)));
-  launch.blockDim = kThreads;
-  launch.stream = ctx.stream();
-  launch.attrs = &cooperative;
-  launch.numAttrs = 1;
-  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, prepare_kernel, args));
+  const std::int64_t blocks =
+      std::clamp<std::int64_t>(wanted, 1, std::min(kMaxBlocks, multiprocessors));
+  launch_cooperative(ctx, prepare_kernel, blocks, kThreads, 0, args);
 }
 
 }  // namespace octet::detail::cuda

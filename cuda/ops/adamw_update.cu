@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The second half of a step. One kernel for every combination of formats, which it reads from the
 // table; the rows of kAdamwRows have code with formats known at compile time, and the same bits.
-#include "cuda/check.hpp"
+#include "cuda/device/launch.cuh"
 #include "cuda/ops/adamw_codes.cuh"
 #include "cuda/ops/adamw_rows.cuh"
 #include "cuda/ops/adamw_weight.cuh"
@@ -287,16 +287,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 void adamw_update(const Context& ctx, const AdamwArgs& args) {
   set_device(ctx);
   const UpdateArgs update{args, philox_keys(args.config.seed)};
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = static_cast<unsigned>(args.segment_count);
-  launch.blockDim = kThreads;
-  launch.stream = ctx.stream();
-  launch.attrs = &dependent;
-  launch.numAttrs = is_built_for(update_kernel, 90) ? 1 : 0;
-  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, update_kernel, update));
+  launch_dependent(ctx, update_kernel, args.segment_count, kThreads, update);
 }
 
 }  // namespace octet::detail::cuda

@@ -335,20 +335,14 @@ __device__ std::uint32_t cast_one_tile(const BlockCast& cast, const TileSpot& sp
     if (cast.out.data != nullptr) store_row<Out>(cast, spot, k, codes);
     tile.at(kLanes * k + spot.lane, spot.group) = {codes.word[0], codes.word[1]};
   }
-  // The last tile of a line of scales fills it up with zeros.
-  const auto store_scale = [&](const BlockSide& side, std::int64_t line, std::int64_t at,
-                               std::int64_t last) {
-    auto* scales = static_cast<float*>(side.scales) + line * side.layout.pitch;
-    scales[at] = inverse_of_power_of_two(factor);
-    if (at != last) return;
-    for (std::int64_t i = last + 1; i < side.layout.pitch; ++i) scales[i] = 0.0f;
-  };
   if (threadIdx.x == 0) {
-    const std::int64_t down = spot.down, across = spot.across;
-    if (cast.out.data != nullptr) store_scale(cast.out, down, across, cast.tiles_across - 1);
-    if (cast.transposed.data != nullptr) {
-      store_scale(cast.transposed, across, down, (cast.rows - 1) / kTileRows);
-    }
+    const auto store_scale = [&](const BlockSide& side, std::int64_t row, std::int64_t column) {
+      if (side.data == nullptr) return;
+      store_block_scale(static_cast<float*>(side.scales), side.layout, row, column,
+                        inverse_of_power_of_two(factor));
+    };
+    store_scale(cast.out, spot.row0(), spot.column0());
+    store_scale(cast.transposed, spot.column0(), spot.row0());
   }
   return largest;
 }

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cuda/check.hpp"
+#include "cuda/device/launch.cuh"
 #include "cuda/ops/cast_vectors.cuh"
 
 namespace octet::detail::cuda::casts {
@@ -27,22 +27,6 @@ void for_wide_dtype(DType dtype, F&& f) {
   if (dtype == DType::bf16) return f(Element<DType::bf16>{});
   if (dtype == DType::f16) return f(Element<DType::f16>{});
   f(Element<DType::f32>{});
-}
-
-/// Launches a kernel that calls begin_dependent(): it may start while the one before still runs.
-template <class Cast>
-void launch_dependent(const Context& ctx, void (*kernel)(Cast), std::int64_t blocks,
-                      unsigned threads, const Cast& cast) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = static_cast<unsigned>(blocks);
-  launch.blockDim = threads;
-  launch.stream = ctx.stream();
-  launch.attrs = &attribute;
-  launch.numAttrs = is_built_for(kernel, 90) ? 1 : 0;
-  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, cast));
 }
 
 }  // namespace octet::detail::cuda::casts

@@ -233,13 +233,14 @@ __device__ void store_column_sums(float (*lanes)[8 * Groups], const float (&mine
   if (column < kColumns && column < columns) out[column] = unscaled(lanes[0][column], 1.0f);
 }
 
-/// For kernels that may start while the one before still writes: the input of the first blocks is
-/// on its way into the cache, which sees those writes too, while they wait.
-template <class V, class PlaceOf>
-__device__ void begin_with_prefetch(const Cast& cast, const PlaceOf& place_of) {
+/// For kernels that may start while the one before still writes. Where the scale is given, the
+/// input of the first blocks is on its way into the cache, which sees those writes too, while they
+/// wait; where it was measured, the kernel before has just read what they need.
+template <Mode M, class V, class PlaceOf>
+__device__ void begin(const Cast& cast, const PlaceOf& place_of) {
   constexpr unsigned kFirst = 1024;  // more than any device runs at once
   allow_next_kernel();
-  if (blockIdx.x < kFirst) V::prefetch(cast, place_of(blockIdx.x));
+  if (M == Mode::given && blockIdx.x < kFirst) V::prefetch(cast, place_of(blockIdx.x));
   wait_for_previous_kernel();
 }
 
@@ -254,6 +255,7 @@ __device__ void cast_all(const Cast& cast, std::uint32_t& word, const PlaceOf& p
                          const CastTile& cast_tile) {
   V vectors;
   if constexpr (M != Mode::measures) {
+    begin<M, V>(cast, place_of);
     // After a pass over the input from its end on, because that is in the cache.
     const unsigned tile = M == Mode::given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     vectors.load(cast, place_of(tile));

@@ -3,7 +3,6 @@
 // transposed, or summed by columns, goes in tiles of 128 rows and 64 columns.
 #include <algorithm>
 
-#include "cuda/device/dependent.cuh"
 #include "cuda/ops/cast_launch.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 
@@ -38,7 +37,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           if constexpr (M == Mode::given) largest = max(largest, largest_of(x));
         });
   };
-  if constexpr (M != Mode::measures) begin_with_prefetch<V>(cast, place_of);
   __shared__ std::uint32_t word;
   cast_all<M, V>(cast, word, place_of, cast_tile);
   if constexpr (M == Mode::given) record_amax(cast, largest);
@@ -103,7 +101,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if constexpr (M == Mode::measures)
       __syncthreads();  // before the next tile takes the place of this one
   };
-  if constexpr (M != Mode::measures) begin_with_prefetch<V>(cast, place_of);
   cast_all<M, V>(cast, shared.word, place_of, cast_tile);
   if constexpr (M == Mode::given) record_amax(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
@@ -245,24 +242,17 @@ bool launch_measuring_cast(const Context& ctx, Cast cast) {
   if (cast.tiles > 2 * (1 + static_cast<unsigned>(residents.staged)) * residents.blocks) {
     return false;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = std::min(cast.tiles, residents.blocks);
-  launch.blockDim = kThreads;
-  launch.stream = ctx.stream();
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  if (cast.tiles > residents.blocks) {
-    launch.dynamicSmemBytes = residents.bytes;
-    cast.staged = residents.staged;
-    OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(residents.bytes)));
-    OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                          cudaSharedmemCarveoutMaxShared));
+  const std::int64_t blocks = std::min(cast.tiles, residents.blocks);
+  if (blocks == cast.tiles) {
+    launch_cooperative(ctx, kernel, blocks, kThreads, 0, cast);
+    return true;
   }
-  OCTET_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, cast));
+  cast.staged = residents.staged;
+  OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(residents.bytes)));
+  OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+  launch_cooperative(ctx, kernel, blocks, kThreads, residents.bytes, cast);
   return true;
 }
 

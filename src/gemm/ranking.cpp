@@ -3,6 +3,7 @@
 
 #include <charconv>
 #include <fstream>
+#include <locale>
 #include <sstream>
 
 #include "octet/core/error.hpp"
@@ -68,9 +69,12 @@ const Measured* RankingFile::find(const std::string& key) const {
 }
 
 void RankingFile::add(const std::string& key, const Measured& measured) {
+  require(measured.candidate.find_first_of("\t\n") == std::string::npos, "GEMM ranking: the way \"",
+          measured.candidate, "\" has a tab or a line break, which cannot be kept in a file");
   if (!path_.empty()) {
     const bool is_new = !std::ifstream(path_).good();
     std::ostringstream text;
+    text.imbue(std::locale::classic());  // as from_chars reads
     if (is_new) text << kHeader << "\n";
     text << key << "\t" << measured.candidate << "\t" << measured.microseconds << "\n";
     // One write of whole lines, so that lines of several processes do not mix.

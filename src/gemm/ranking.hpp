@@ -20,7 +20,8 @@ class RankingFile {
   void open(const std::string& path);
   /// Null when nothing is known.
   const Measured* find(const std::string& key) const;
-  /// Keeps a measurement; the newest of a key counts. Throws octet::Error if it cannot be written.
+  /// Keeps a measurement; the newest of a key counts. Throws octet::Error if it cannot be written,
+  /// or a candidate that is not one line without tabs.
   void add(const std::string& key, const Measured& measured);
 
  private:

@@ -24,6 +24,7 @@ Linear::Impl::Impl(GemmRegistry& registry, const LinearConfig& c)
 void Linear::forward(const LinearForward& args) {
   Impl& impl = *impl_;
   impl.check(args);
+  impl.check_memory(args);
   if (args.save_for_backward) impl.tokens = args.x.shape[0];
   if (args.y.numel() == 0) return;
   WorkspaceScope scope(impl.ctx);
@@ -48,6 +49,7 @@ void Linear::backward(const LinearBackward& args) {
   Impl& impl = *impl_;
   require(impl.tokens >= 0, "Linear: backward was called before any forward that saves");
   impl.check(args, impl.tokens);
+  impl.check_memory(args);
   if (args.dx.empty() && args.dw.data.empty() && args.dbias.empty()) return;
   WorkspaceScope scope(impl.ctx);
   const bool needs_gelu = impl.config.gelu && !args.dy_of_pre_activation && args.dy.numel() > 0;

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "linear_impl.hpp"
+#include "ops/cast_checks.hpp"
 
 namespace octet {
 namespace {
@@ -18,6 +19,15 @@ std::string names_of(DTypes dtypes) {
   std::string text;
   for (DType dtype : dtypes) text += (text.empty() ? "" : ", ") + std::string(name_of(dtype));
   return text;
+}
+
+/// Outputs share no byte with what is read, nor with one another.
+void check_outputs(std::initializer_list<detail::NamedBytes> outputs,
+                   std::initializer_list<detail::NamedBytes> inputs) {
+  detail::check_apart("Linear", outputs);
+  for (const detail::NamedBytes& in : inputs) {
+    for (const detail::NamedBytes& out : outputs) detail::check_apart("Linear", {in, out});
+  }
 }
 
 bool contains(DTypes dtypes, DType dtype) {
@@ -48,8 +58,10 @@ void check_linear_config(const LinearConfig& c) {
 void Linear::Impl::check(const char* what, const TensorView& view, Shape shape,
                          DTypes allowed) const {
   require(view.shape == shape, "Linear: ", what, " has shape ", view.shape, "; it must be ", shape);
-  require(contains(allowed, view.dtype), "Linear: ", what, " is ", name_of(view.dtype), "; ",
-          names_of(allowed), allowed.size() == 1 ? " is" : " are", " allowed");
+  if (!contains(allowed, view.dtype)) {  // no text is made unless it is needed
+    fail("Linear: ", what, " is ", name_of(view.dtype), "; ", names_of(allowed),
+         allowed.size() == 1 ? " is" : " are", " allowed");
+  }
   require(view.device == ctx.device(), "Linear: ", what, " is on ", view.device, "; it must be on ",
           ctx.device());
   require(!view.empty() || view.numel() == 0, "Linear: ", what, " of shape ", shape,
@@ -138,6 +150,26 @@ void Linear::Impl::check(const LinearBackward& args, std::int64_t count) const {
             "no scale that fits both");
   }
   if (!args.dbias.empty()) check("dbias", args.dbias, {n}, kStored);
+}
+
+void Linear::Impl::check_memory(const LinearForward& args) const {
+  using detail::named, detail::scales_of;
+  check_outputs({named("y", args.y)}, {named("x", args.x), named("the weight", args.weight.data),
+                                       named("block_weight", args.block_weight.data),
+                                       scales_of("the scales of block_weight", args.block_weight),
+                                       named("the bias", args.bias)});
+}
+
+void Linear::Impl::check_memory(const LinearBackward& args) const {
+  using detail::named, detail::scales_of;
+  check_outputs({named("dx", args.dx), named("dw", args.dw.data), named("dbias", args.dbias)},
+                {named("dy", args.dy), named("the weight", args.weight.data),
+                 named("block_weight", args.block_weight.data),
+                 scales_of("the scales of block_weight", args.block_weight),
+                 named("weight_transposed", args.weight_transposed),
+                 named("block_weight_transposed", args.block_weight_transposed.data),
+                 scales_of("the scales of block_weight_transposed", args.block_weight_transposed),
+                 named("input_pre_activation", args.input_pre_activation)});
 }
 
 }  // namespace octet

@@ -80,6 +80,9 @@ struct Linear::Impl {
   void check_transposed(const LinearBackward& args) const;
   void check(const LinearForward& args) const;
   void check(const LinearBackward& args, std::int64_t count) const;
+  /// Of calls that run: prepare() takes views of any memory.
+  void check_memory(const LinearForward& args) const;
+  void check_memory(const LinearBackward& args) const;
 
   // linear_casts.cpp
   void allocate();

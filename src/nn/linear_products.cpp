@@ -64,8 +64,8 @@ Linear::Impl::Route Linear::Impl::find_route(const Product& product) const {
   const bool has_epilogue =
       problem.accumulate || problem.bias || problem.activation != Activation::none;
   std::vector<Route> candidates = {{}};
-  // The caller's aux has no further rows.
-  if (can_pad && !problem.aux) candidates.push_back({.padded = true});
+  // The caller's aux and what D holds already have no further rows.
+  if (can_pad && !problem.aux && !problem.accumulate) candidates.push_back({.padded = true});
   if (has_epilogue) candidates.push_back({.stepwise = true});
   if (has_epilogue && can_pad) candidates.push_back({.padded = true, .stepwise = true});
   std::string report;

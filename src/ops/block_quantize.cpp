@@ -20,12 +20,6 @@ void check_granularity(Granularity granularity, const char* op, const char* what
           "; allowed are row_block, tile, mx");
 }
 
-std::size_t scale_bytes_of(const BlockScaledView& view) {
-  const Shape& shape = view.data.shape;
-  return static_cast<std::size_t>(
-      scale_bytes(view.granularity, shape[0], shape[1], view.mx_layout));
-}
-
 /// The scales of a view, whose data may be missing.
 void check_scales(const BlockScaledView& view, const char* op, const char* what) {
   check_granularity(view.granularity, op, what);
@@ -47,10 +41,6 @@ void check_blocks(const Context& ctx, const BlockScaledView& view, const char* o
   require(is_fp8(view.data.dtype), op, ": ", what, " is ", name_of(view.data.dtype),
           "; allowed are e4m3, e5m2");
   check_scales(view, op, what);
-}
-
-NamedBytes scales_of(const char* name, const BlockScaledView& view) {
-  return {name, view.scales, view.data.empty() ? 0 : scale_bytes_of(view)};
 }
 
 void check_output(const Context& ctx, const TensorView& in, const BlockScaledView& out) {

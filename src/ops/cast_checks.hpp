@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 
+#include "octet/core/block_scales.hpp"
 #include "octet/runtime/context.hpp"
 #include "overlap.hpp"
 
@@ -46,6 +47,15 @@ inline void check_apart(const char* op, std::initializer_list<NamedBytes> all) {
 
 inline NamedBytes named(const char* name, const TensorView& view) {
   return {name, view.data, view.empty() ? 0 : view.bytes()};
+}
+
+inline std::size_t scale_bytes_of(const BlockScaledView& view) {
+  const Shape& shape = view.data.shape;
+  return static_cast<std::size_t>(
+      scale_bytes(view.granularity, shape[0], shape[1], view.mx_layout));
+}
+inline NamedBytes scales_of(const char* name, const BlockScaledView& view) {
+  return {name, view.scales, view.data.empty() ? 0 : scale_bytes_of(view)};
 }
 
 /// QuantizeArgs::column_sums.

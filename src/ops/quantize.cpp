@@ -56,6 +56,10 @@ void convert(const Context& ctx, const ScaledView& in, const TensorView& out) {
           "; allowed are f32, bf16, f16 (quantize() writes FP8)");
   require(in.data.shape == out.shape, "convert: the input has shape ", in.data.shape,
           ", the output ", out.shape);
+  const bool is_in_place = in.data.data == out.data && size_of(in.data.dtype) == size_of(out.dtype);
+  if (!is_in_place) {
+    check_apart("convert", {named("the input", in.data), named("the output", out)});
+  }
   if (in.data.numel() != 0) backend_of(ctx).convert(ctx, in, out);
 }
 

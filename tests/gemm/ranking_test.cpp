@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
+#include <locale>
 #include <sstream>
 #include <thread>
 
@@ -231,6 +232,47 @@ TEST_CASE("ranking: a file that is none is refused by name and line, and changes
   bench.add("2000", "1000");
   CHECK(missing(error_of([&] { bench.gemms.prepare(kProblem); }),
                 {"no/such/directory/file", "cannot be written"}) == "");
+}
+
+TEST_CASE("ranking: what is written can be read, whatever the program's locale and the way") {
+  /// Numbers as in "1.234,5".
+  struct Continental final : std::numpunct<char> {
+    char do_decimal_point() const override { return ','; }
+    char do_thousands_sep() const override { return '.'; }
+    std::string do_grouping() const override { return "\3"; }
+  };
+  const Path path;
+  {
+    const std::locale before =
+        std::locale::global(std::locale(std::locale::classic(), new Continental));
+    Bench bench;
+    bench.gemms.keep_ranking(path.name);
+    bench.add("4000", "1500");
+    bench.gemms.prepare(kProblem);
+    std::locale::global(before);
+  }
+  Bench again;
+  again.gemms.keep_ranking(path.name);
+  again.add("4000", "1500");
+  again.gemms.prepare(kProblem);
+  CHECK(again.slow.runs + again.fast.runs == 0);
+
+  /// Runs everything in ways that no line of a file can hold.
+  struct Tabular final : GemmBackend {
+    std::string name() const override { return "tabular"; }
+    GemmSupport query(const GemmProblem&, const GemmDevice&) const override {
+      return {GemmVerdict::native, "tabular"};
+    }
+    std::vector<std::string> candidates(const Context&, const GemmProblem&) override {
+      return {"a\tb", "c\nd"};
+    }
+    bool select(const Context&, const GemmProblem&, const std::string&) override { return true; }
+    void run(const Context&, const GemmProblem&, const GemmArgs&) override {}
+  };
+  const std::string text = path.text();
+  again.gemms.add(std::make_unique<Tabular>());
+  CHECK(missing(error_of([&] { again.gemms.prepare(kProblem); }), {"the way", "tab"}) == "");
+  CHECK(path.text() == text);
 }
 
 TEST_CASE("ranking: prepare() of what nobody runs is an error, of an empty product nothing") {

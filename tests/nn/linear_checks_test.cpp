@@ -222,6 +222,55 @@ TEST_CASE("what is not finite raises the flag, in x, dy, a weight that is cast a
   }
 }
 
+TEST_CASE("outputs that overlap what is read, or one another, are refused and change nothing") {
+  const Context ctx = Context::cpu();
+  const Buffer memory(ctx, 4 * N * K + 64), more(ctx, 4 * N * K + 64), third(ctx, 4 * N * K + 64);
+  zero_bytes(ctx, memory.data(), memory.bytes());
+  zero_bytes(ctx, more.data(), more.bytes());
+  const ScaledTensor weight(ctx, e4m3, {N, K});
+  zero_bytes(ctx, weight.view().data.data, N * K);
+  for (bool fp8 : {true, false}) {
+    GemmRegistry gemms(ctx);
+    Linear linear(gemms, Layer::shaped({.fp8 = fp8, .bias = true}));
+    const auto forward = [&](void* y, void* bias) {
+      return error_of([&] {
+        linear.forward({.x = {memory.data(), f32, {4, K}, ctx.device()},
+                        .weight = weight.view(),
+                        .bias = {bias, f32, {N}, ctx.device()},
+                        .y = {y, f32, {4, N}, ctx.device()}});
+      });
+    };
+    CHECK(missing(forward(memory.as<char>() + 4 * 4 * K - 16, third.data()),
+                  {"y (", "overlaps x ("}) == "");
+    CHECK(missing(forward(weight.view().data.data, third.data()),
+                  {"y (", "overlaps the weight ("}) == "");
+    CHECK(missing(forward(more.data(), more.as<char>() + 64), {"y (", "overlaps the bias ("}) ==
+          "");
+    const auto backward = [&](const LinearBackward& outputs) {
+      LinearBackward args = outputs;
+      args.dy = {memory.data(), f32, {4, N}, ctx.device()};
+      args.weight = weight.view();
+      return error_of([&] { linear.backward(args); });
+    };
+    CHECK(missing(backward({}), {"before any forward"}) == "");  // so none of these was one
+    CHECK(gemms.counts().fp8 + gemms.counts().bf16 == 0);
+    zero_bytes(ctx, third.data(), third.bytes());
+    CHECK(forward(more.data(), third.data()) == "no error");
+    const TensorView dx{more.data(), f32, {4, K}, ctx.device()};
+    const TensorView dbias{third.data(), f32, {N}, ctx.device()};
+    CHECK(backward({.dx = dx, .dbias = dbias}) == "no error");
+    CHECK(missing(backward({.dx = {memory.data(), f32, {4, K}, ctx.device()}}),
+                  {"dx (", "overlaps dy ("}) == "");
+    CHECK(missing(backward({.dx = dx, .dw = {{more.data(), f32, {N, K}, ctx.device()}, nullptr}}),
+                  {"dw (", "overlaps dx ("}) == "");
+    CHECK(missing(backward({.dw = {{weight.view().data.data, e4m3, {N, K}, ctx.device()},
+                                   weight.view().scale}}),
+                  {"dw (", "overlaps the weight ("}) == "");
+    CHECK(missing(backward({.dx = dx, .dbias = {more.data(), f32, {N}, ctx.device()}}),
+                  {"dbias (", "overlaps dx ("}) == "");
+  }
+}
+
 TEST_CASE("calls take nothing from the allocator") {
   for (const Context& ctx : test_contexts()) {
     for (LinearConfig config : all_recipes()) {

@@ -195,6 +195,12 @@ TEST_CASE("outputs that overlap the input or one another are refused by name") {
                     sum_columns(ctx, view(base, DType::f32, {2, 8}), view(base, DType::f32, {8}));
                   }),
                   {"the output", "the input"}) == "");
+    const ScaledView wide{view(base, DType::f32, {16}), nullptr};
+    CHECK(missing(error_of([&] { convert(ctx, wide, view(base, DType::bf16, {16})); }),
+                  {"convert: the output (32 bytes", "the input (64 bytes"}) == "");
+    CHECK(missing(error_of([&] { convert(ctx, wide, view(base + 4, DType::f32, {16})); }),
+                  {"the output", "the input"}) == "");
+    CHECK(error_of([&] { convert(ctx, wide, wide.data); }) == "no error");
     ctx.synchronize();
   }
 }

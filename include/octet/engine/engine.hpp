@@ -18,7 +18,7 @@ struct EngineConfig {
   /// Default: what the level says (O3: optimizer, the others: none).
   std::optional<Sharding> sharding = {};
   /// Default: the level's formats. Every combination of existing formats works, but for weights in
-  /// none and e4m3_and_transpose.
+  /// none and those that are transposed or have scales of blocks.
   std::optional<Formats> formats = {};
   AdamWConfig adamw = {};
   /// Parameters with at least two dimensions and this many elements are FP8-managed; all others

@@ -137,8 +137,9 @@ class GemmBackend {
     };
   }
 
-  /// The ways it has to run a problem, as texts that can be kept in a file, the likeliest first:
-  /// the registry times them for a second or so. Without ways there is just the one.
+  /// The ways it has to run a problem, the likeliest first, as texts that can be kept in a file: a
+  /// line without tabs each. The registry times them for a second or so. Without ways there is just
+  /// the one.
   virtual std::vector<std::string> candidates(const Context& ctx, const GemmProblem& problem) {
     static_cast<void>(ctx), static_cast<void>(problem);
     return {};

@@ -56,7 +56,8 @@ struct QuantizeArgs {
 void quantize(const Context& ctx, const QuantizeArgs& args);
 
 /// out = in * scale_inv, rounded to out's dtype (f32, bf16 or f16). `in` may be any dtype; a null
-/// scale counts as 1, so this also converts between the unscaled types.
+/// scale counts as 1, so this also converts between the unscaled types. In place where both have
+/// elements of one size; else an output that overlaps the input is refused.
 /// Stream-ordered. Deterministic, equal bits on CPU and CUDA.
 void convert(const Context& ctx, const ScaledView& in, const TensorView& out);
 

@@ -88,6 +88,18 @@ constexpr ScaleLayout scale_layout(Granularity granularity, MxLayout mx_layout, 
   return {granularity, mx_layout, rows, columns, pitch};
 }
 
+/// The scale of the block of row_block or tile that begins at this element; after the last of a
+/// line the padding too.
+OCTET_HD inline void store_block_scale(float* scales, const ScaleLayout& layout, std::int64_t row,
+                                       std::int64_t column, float scale_inv) {
+  std::int64_t at = layout.at(row, column);
+  scales[at] = scale_inv;
+  const bool is_last = layout.granularity == Granularity::row_block
+                           ? row == layout.rows - 1
+                           : column + layout.block_columns() >= layout.columns;
+  for (++at; is_last && at % layout.pitch != 0; ++at) scales[at] = 0.0f;
+}
+
 /// Scale `index` of the transpose, laid out as `to`, of a matrix with scales of tiles.
 OCTET_HD inline float transposed_tile_scale(const float* scales, const ScaleLayout& from,
                                             const ScaleLayout& to, std::int64_t index) {

@@ -59,17 +59,6 @@ OCTET_HD inline bool has_scale_per_row(const AdamwTensor& t) {
   return t.formats.weight == WeightFormat::e4m3_row_block;
 }
 
-/// The scale of the block that begins at this element; after the last of a line the padding too.
-OCTET_HD inline void store_block_scale(float* scales, const ScaleLayout& layout, std::int64_t row,
-                                       std::int64_t column, float scale_inv) {
-  std::int64_t at = layout.at(row, column);
-  scales[at] = scale_inv;
-  const bool is_last = layout.granularity == Granularity::row_block
-                           ? row == layout.rows - 1
-                           : column + kTileSide >= layout.columns;
-  for (++at; is_last && at % layout.pitch != 0; ++at) scales[at] = 0.0f;
-}
-
 /// `scale` encodes.
 OCTET_HD inline void store_weight_scale(const AdamwTensor& t, std::int64_t row, std::int64_t column,
                                         float scale) {
