@@ -103,7 +103,8 @@ struct LinearBackward {
 /// Sources: FP8-LM (arXiv 2310.18313) for the formats, Transformer Engine for the recipes.
 class Linear {
  public:
-  /// The registry must outlive it. Throws octet::Error naming the field for a configuration that
+  /// The registry must outlive it and have its backends by now: add(), force() and keep_ranking()
+  /// come before. Throws octet::Error naming the field for a configuration that
   /// cannot work, and with the registry's report if no backend can run one of its GEMMs.
   Linear(GemmRegistry& gemms, const LinearConfig& config);
   ~Linear();
