@@ -35,8 +35,8 @@ constexpr std::int64_t kMaxHeadWidth = 128;
 constexpr float kLayerNormEps = 1e-5f;
 
 struct Kernels {
-  /// x[token] = token_table[byte] + position_table[position]. The tables are engine weights of any
-  /// format: [vocabulary, width] and [context, width].
+  /// x[token] = token_table[byte] + position_table[position]. The tables are engine weights of at
+  /// most one scale: [vocabulary, width] and [context, width].
   void (*embedding_forward)(const octet::Context&, const Windows&, const octet::ScaledView& tokens,
                             const octet::ScaledView& positions, float* x);
   /// Adds the gradient of the token table to dtokens (the tied head has left its own there) and

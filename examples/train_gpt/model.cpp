@@ -85,8 +85,8 @@ void Gpt::register_parameters(octet::Engine& engine, std::uint64_t seed) {
   const double branch = kDeviation / std::sqrt(2.0 * config_.layers);
   const std::int64_t width = config_.width;
   Registration add(ctx_, engine, seed);
-  token_table_ = add.matrix("token_embedding", kVocabulary, width, kDeviation);
-  position_table_ = add.matrix("position_embedding", config_.context, width, kDeviation);
+  token_table_.weight = add.matrix("token_embedding", kVocabulary, width, kDeviation);
+  position_table_.weight = add.matrix("position_embedding", config_.context, width, kDeviation);
   for (int layer = 0; layer < config_.layers; ++layer) {
     const std::string name = "block." + std::to_string(layer) + ".";
     Block block;
@@ -99,7 +99,7 @@ void Gpt::register_parameters(octet::Engine& engine, std::uint64_t seed) {
     blocks_.push_back(std::move(block));
   }
   final_norm_ = add.norm("final_norm", width);
-  head_.weight = token_table_;
+  head_.weight = token_table_.weight;
   engine.freeze();
 }
 
@@ -111,7 +111,7 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   const std::int64_t width = config_.width;
   std::vector<octet::DelayedScaling::Entry> scales;
   const auto make_linear = [&](Matrix& matrix) {
-    const octet::DType dtype = engine_.weight(matrix.weight.id).data.dtype;
+    const octet::DType dtype = octet::dtype_of(engine_.weight_format(matrix.weight.id));
     octet::LinearConfig linear{.in_features = matrix.weight.shape[1],
                                .out_features = matrix.weight.shape[0],
                                .max_tokens = tokens_,
@@ -141,6 +141,9 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   if (config_.fp8.recipe == octet::Fp8Recipe::delayed) {
     delayed_.emplace(ctx_, config_.fp8.delayed, scales);
   }
+  for (EmbeddingTable* table : {&token_table_, &position_table_}) {
+    if (has_tiles(table->weight)) table->decoded = {ctx_, octet::DType::f32, table->weight.shape};
+  }
   last_ = floats(tokens_ * width);
   narrow_ = floats(tokens_ * width);
   wide_ = floats(tokens_ * 4 * width);
@@ -156,8 +159,8 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
 
 void Gpt::forward(const Windows& windows, float* loss, Pass pass) {
   pass_ = pass;
-  kernels_.embedding_forward(ctx_, windows, engine_.weight(token_table_.id),
-                             engine_.weight(position_table_.id), blocks_.front().input.as<float>());
+  kernels_.embedding_forward(ctx_, windows, table_values(token_table_),
+                             table_values(position_table_), blocks_.front().input.as<float>());
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     octet::Tensor& output = i + 1 < blocks_.size() ? blocks_[i + 1].input : last_;
     block_forward(blocks_[i], output.as<float>());
@@ -193,8 +196,8 @@ void Gpt::backward(const Windows& windows) {
   for (std::size_t i = blocks_.size(); i-- > 0;) block_backward(blocks_[i]);
   kernels_.embedding_backward(ctx_, windows, dresidual_.as<float>(), kVocabulary, config_.width,
                               dtokens_.as<float>(), dmatrix_.as<float>());
-  hand_over(token_table_, dtokens_);
-  hand_over(position_table_, dmatrix_);
+  hand_over(token_table_.weight, dtokens_);
+  hand_over(position_table_.weight, dmatrix_);
 }
 
 void Gpt::block_backward(Block& block) {
@@ -234,7 +237,8 @@ void Gpt::matrix_forward(Matrix& matrix, const octet::Tensor& x, const octet::Te
   const octet::Shape& shape = matrix.weight.shape;
   const bool trains = pass_ == Pass::training;
   matrix.linear->forward({.x = matrix_view(x, {tokens_, shape[1]}),
-                          .weight = engine_.weight(matrix.weight.id),
+                          .weight = weight_of(matrix.weight),
+                          .block_weight = block_weight_of(matrix.weight),
                           .y = matrix_view(y, {tokens_, shape[0]}),
                           .record_amax = trains,
                           .save_for_backward = trains});
@@ -244,13 +248,32 @@ void Gpt::matrix_backward(Matrix& matrix, const octet::Tensor& dy, const octet::
                           const octet::Tensor& dw) {
   const octet::Shape& shape = matrix.weight.shape;
   matrix.linear->backward({.dy = matrix_view(dy, {tokens_, shape[0]}),
-                           .weight = engine_.weight(matrix.weight.id),
+                           .weight = weight_of(matrix.weight),
+                           .block_weight = block_weight_of(matrix.weight),
                            .dx = matrix_view(dx, {tokens_, shape[1]}),
                            .dw = {matrix_view(dw, shape), nullptr}});
 }
 
 void Gpt::hand_over(const Weight& weight, const octet::Tensor& gradient) {
   engine_.add_gradient(weight.id, matrix_view(gradient, weight.shape));
+}
+
+octet::ScaledView Gpt::table_values(const EmbeddingTable& table) const {
+  if (!has_tiles(table.weight)) return engine_.weight(table.weight.id);
+  engine_.weight_as(table.weight.id, table.decoded);
+  return {table.decoded.view(), nullptr};
+}
+
+octet::ScaledView Gpt::weight_of(const Weight& weight) const {
+  return has_tiles(weight) ? octet::ScaledView{} : engine_.weight(weight.id);
+}
+
+octet::BlockScaledView Gpt::block_weight_of(const Weight& weight) const {
+  return has_tiles(weight) ? engine_.block_weight(weight.id) : octet::BlockScaledView{};
+}
+
+bool Gpt::has_tiles(const Weight& weight) const {
+  return octet::has_block_scales(engine_.weight_format(weight.id));
 }
 
 const float* Gpt::vector_of(const Weight& weight) const {

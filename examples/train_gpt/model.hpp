@@ -55,6 +55,11 @@ class Gpt {
     octet::ParamId id;
     octet::Shape shape;
   };
+  /// An embedding, and where it is decoded if its weight has scales of tiles.
+  struct EmbeddingTable {
+    Weight weight;
+    octet::Tensor decoded;
+  };
   /// A weight [out, in] and the products with it, which exist once the engine is frozen.
   struct Matrix {
     Weight weight;
@@ -86,6 +91,11 @@ class Gpt {
                        const octet::Tensor& dw);
   void hand_over(const Weight& weight, const octet::Tensor& gradient);
 
+  octet::ScaledView table_values(const EmbeddingTable& table) const;
+  /// What a product takes of a weight: one of these, the other is empty.
+  octet::ScaledView weight_of(const Weight& weight) const;
+  octet::BlockScaledView block_weight_of(const Weight& weight) const;
+  bool has_tiles(const Weight& weight) const;
   const float* vector_of(const Weight& weight) const;
   octet::Tensor floats(std::int64_t count) const;
   octet::TensorView matrix_view(const octet::Tensor& tensor, octet::Shape shape) const;
@@ -99,7 +109,7 @@ class Gpt {
   AttentionShape attention_;
 
   std::optional<octet::DelayedScaling> delayed_;
-  Weight token_table_, position_table_;
+  EmbeddingTable token_table_, position_table_;
   std::vector<Block> blocks_;
   Norm final_norm_;
   Matrix head_;

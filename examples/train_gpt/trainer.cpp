@@ -58,6 +58,21 @@ class LossBoard {
   std::size_t shown_ = 0;
 };
 
+/// With the recipe blockwise the weights come with scales of tiles, as the products read them,
+/// instead of one scale that every call would spread over blocks. Without a transposed copy, which
+/// would cost a byte per parameter to save the backward one pass over a weight. A split master is
+/// half a weight of one scale, so that stays.
+std::optional<octet::Formats> engine_formats(const Setup& setup, octet::Fp8Recipe recipe) {
+  octet::Formats formats = setup.formats.value_or(octet::formats_of(setup.level));
+  const octet::StateFormats& state = formats.state;
+  if (recipe != octet::Fp8Recipe::blockwise || state.weight != octet::WeightFormat::e4m3 ||
+      state.master == octet::StateFormat::split) {
+    return setup.formats;
+  }
+  formats.state.weight = octet::WeightFormat::e4m3_tile;
+  return formats;
+}
+
 /// Everything one rank does for one level.
 class RankTrainer {
  public:
@@ -70,7 +85,7 @@ class RankTrainer {
         gemms_(ctx_),
         engine_(ctx_, comm_,
                 {.level = setup.level,
-                 .formats = setup.formats,
+                 .formats = engine_formats(setup, options.model.fp8.recipe),
                  .adamw = {.weight_decay = kWeightDecay, .seed = options.seed}}),
         model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_rank(),
                options.seed),

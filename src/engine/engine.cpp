@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "engine/engine_impl.hpp"
+#include "octet/ops/block_quantize.hpp"
 #include "octet/ops/quantize.hpp"
 
 namespace octet {
@@ -25,9 +26,15 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
   const StateFormats& formats = impl_->plan.formats.state;
   check_formats("Engine: formats", formats, config.adamw.of());
-  require(formats.weight != WeightFormat::none && !needs_matrix(formats.weight),
-          "Engine: formats: weight is ", name_of(formats.weight),
-          "; the engine hands out weights in f32, bf16 or e4m3 (AdamW itself can do more)");
+  require(formats.weight != WeightFormat::none,
+          "Engine: formats: weight is none; the engine hands out weights (AdamW alone can do "
+          "without)");
+  // What a panel's owner writes of these does not lie together, so it does not travel as it is.
+  require(!impl_->sharded() ||
+              (!is_transposed(formats.weight) && formats.weight != WeightFormat::e4m3_row_block),
+          "Engine: formats: weight is ", name_of(formats.weight), " and sharding is ",
+          name_of(impl_->plan.sharding), " over ", comm.size(),
+          " ranks; with that the weight may be f32, bf16, e4m3 or e4m3_tile");
 }
 
 Engine::~Engine() = default;
@@ -56,6 +63,10 @@ ParamId Engine::add(const ParamSpec& spec) {
   param.managed =
       spec.fp8 && spec.shape.rank() >= 2 && spec.shape.numel() >= e.config.fp8_min_elements;
   if (param.managed) param.formats = e.plan.formats;
+  require(!needs_matrix(param.formats.state.weight) || spec.shape.rank() == 2, "parameter \"",
+          spec.name, "\": formats.weight is ", name_of(param.formats.state.weight),
+          ", but the shape ", spec.shape,
+          " is not that of a matrix; register it as one, or with fp8 = false");
   check_formats("parameter \"" + spec.name + "\"", param.formats.state, hyper);
   e.params.push_back(std::move(param));
   return {static_cast<int>(e.params.size()) - 1};
@@ -72,15 +83,47 @@ void Engine::freeze() {
   e.frozen = true;
 }
 
+WeightFormat Engine::weight_format(ParamId id) const {
+  return impl_->param(id, "weight_format").formats.state.weight;
+}
+
 ScaledView Engine::weight(ParamId id) const {
   const Impl& e = *impl_;
-  e.require_frozen("weight");
-  const Impl::Param& p = e.param(id, "weight");
-  const bool scaled = is_e4m3(p.formats.state.weight);
-  return {p.weight.view(), scaled ? e.adamw->weight_scale(id.index) : nullptr};
+  const Impl::Param& p = e.frozen_param(id, "weight");
+  const WeightFormat format = p.formats.state.weight;
+  require(!has_block_scales(format), "Engine::weight: the weight of parameter \"", p.spec.name,
+          "\" is ", name_of(format), ", which has no single scale; block_weight() hands it out");
+  return {p.weight.view(), is_e4m3(format) ? e.adamw->weight_scale(id.index) : nullptr};
+}
+
+TensorView Engine::weight_transposed(ParamId id) const {
+  const Impl::Param& p = impl_->frozen_param(id, "weight_transposed");
+  require(p.formats.state.weight == WeightFormat::e4m3_and_transpose,
+          "Engine::weight_transposed: the weight of parameter \"", p.spec.name, "\" is ",
+          name_of(p.formats.state.weight), "; only e4m3_and_transpose has this copy");
+  return p.weight_transposed.view();
+}
+
+BlockScaledView Engine::block_weight(ParamId id) const {
+  const Impl::Param& p = impl_->frozen_param(id, "block_weight");
+  require(has_block_scales(p.formats.state.weight),
+          "Engine::block_weight: the weight of parameter \"", p.spec.name, "\" is ",
+          name_of(p.formats.state.weight), ", which has no scales of blocks");
+  return impl_->adamw->block_weight(id.index);
+}
+
+BlockScaledView Engine::block_weight_transposed(ParamId id) const {
+  const Impl::Param& p = impl_->frozen_param(id, "block_weight_transposed");
+  require(p.formats.state.weight == WeightFormat::e4m3_tile_and_transpose,
+          "Engine::block_weight_transposed: the weight of parameter \"", p.spec.name, "\" is ",
+          name_of(p.formats.state.weight), "; only e4m3_tile_and_transpose has this copy");
+  return impl_->adamw->block_weight_transposed(id.index);
 }
 
 void Engine::weight_as(ParamId id, const TensorView& out) const {
+  if (has_block_scales(impl_->frozen_param(id, "weight_as").formats.state.weight)) {
+    return block_dequantize(impl_->ctx, block_weight(id), out);
+  }
   convert(impl_->ctx, weight(id), out);
 }
 
@@ -172,6 +215,11 @@ const AdamW& Engine::optimizer() const {
 
 void Engine::Impl::require_frozen(const char* call) const {
   require(frozen, "Engine::", call, "() before freeze()");
+}
+
+const Engine::Impl::Param& Engine::Impl::frozen_param(ParamId id, const char* call) const {
+  require_frozen(call);
+  return param(id, call);
 }
 
 Engine::Impl::Param& Engine::Impl::param(ParamId id, const char* call) {

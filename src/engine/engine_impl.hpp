@@ -15,8 +15,9 @@ struct Engine::Impl {
     bool managed = false;
     Formats formats;
     Tensor weight;
-    Tensor gradient;  ///< this rank's, whole, before and (two_shot) after the reduction
-    Tensor shard;     ///< sharded: the FP32 mean of the owned pieces
+    Tensor weight_transposed;  ///< [columns, rows], for formats that have it
+    Tensor gradient;           ///< this rank's, whole, before and (two_shot) after the reduction
+    Tensor shard;              ///< sharded: the FP32 mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
     bool has_gradient = false;
@@ -40,6 +41,7 @@ struct Engine::Impl {
   void allocate_optimizer();
   void allocate_communication();
   void make_gathers();
+  void add_weight_scales(std::vector<TensorView>& tensors, Owners& owners) const;
   void initialise();
   void describe();
   std::string describe_optimizer() const;
@@ -47,6 +49,7 @@ struct Engine::Impl {
   bool sharded() const { return plan.sharding == Sharding::optimizer && comm.size() > 1; }
   Param& param(ParamId id, const char* call);
   const Param& param(ParamId id, const char* call) const;
+  const Param& frozen_param(ParamId id, const char* call) const;
   void require_frozen(const char* call) const;
   void store_gradient(Param& p, const TensorView& gradient);
   /// Any rank's flag becomes every rank's.

@@ -40,6 +40,14 @@ std::vector<float> read_amax_sync(const Context& ctx, const TensorScale* scales,
   return values;
 }
 
+// Of the blocks of a matrix, and of those of its transposed copy.
+std::uint64_t weight_scale_bytes(WeightFormat format, const Shape& shape) {
+  const Granularity granularity = granularity_of(format);
+  std::int64_t bytes = scale_bytes(granularity, shape[0], shape[1]);
+  if (is_transposed(format)) bytes += scale_bytes(granularity, shape[1], shape[0]);
+  return static_cast<std::uint64_t>(bytes);
+}
+
 }  // namespace
 
 // A rank that cannot go on must not leave the others waiting for it in their first step.
@@ -141,14 +149,18 @@ void Engine::Impl::allocate_parameters() {
     }
   }
   for (Param& p : params) {
-    const std::uint64_t numel = static_cast<std::uint64_t>(p.spec.shape.numel());
-    auto allocate = [&](const char* what, Tensor& tensor, DType dtype) {
+    const Shape& shape = p.spec.shape;
+    const std::uint64_t numel = static_cast<std::uint64_t>(shape.numel());
+    auto allocate = [&](const char* what, Tensor& tensor, DType dtype, const Shape& as) {
       const std::size_t before = ctx.memory_use().current;
-      tensor = Tensor(ctx, dtype, p.spec.shape);
+      tensor = Tensor(ctx, dtype, as);
       plan.count(what, p.managed, true, numel * size_of(dtype), ctx.memory_use().current - before);
     };
-    allocate("weight", p.weight, dtype_of(p.formats.state.weight));
-    allocate("gradient", p.gradient, p.formats.gradient);
+    allocate("weight", p.weight, dtype_of(p.formats.state.weight), shape);
+    if (is_transposed(p.formats.state.weight)) {
+      allocate("transposed weight", p.weight_transposed, DType::e4m3, {shape[1], shape[0]});
+    }
+    allocate("gradient", p.gradient, p.formats.gradient, shape);
   }
 }
 
@@ -162,6 +174,7 @@ void Engine::Impl::allocate_optimizer() {
     a.gradient = p.gradient.view();
     a.gradient_scale = p.gradient_scale;
     a.weight = p.weight.view();
+    a.weight_transposed = p.weight_transposed.view();
     a.group = p.spec.group;
     if (sharded()) {
       std::int64_t owned = 0;
@@ -191,7 +204,11 @@ void Engine::Impl::allocate_optimizer() {
                bytes.master);
     plan.count("m", p.managed, true, state_bytes(f.m, owned), bytes.m);
     plan.count("v", p.managed, true, state_bytes(f.v, owned), bytes.v);
-    tables -= bytes.master + bytes.m + bytes.v;
+    if (has_block_scales(f.weight)) {
+      plan.count("weight scales", p.managed, true, weight_scale_bytes(f.weight, p.spec.shape),
+                 bytes.weight_blocks);
+    }
+    tables -= bytes.master + bytes.m + bytes.v + bytes.weight_blocks;
   }
   // Five scales per parameter are model state; the rest is what the kernels need to find it.
   const std::size_t own_scales =
@@ -259,11 +276,39 @@ void Engine::Impl::make_gathers() {
       }
     }
   }
+  add_weight_scales(weights, weight_owners);
   weight_gather = std::make_unique<PieceGather>(comm, weights, weight_owners);
   const TensorView sums{adamw->segment_sums(), DType::f32, Shape{adamw->total_segments()},
                         ctx.device()};
   sum_gather = std::make_unique<PieceGather>(comm, std::vector<TensorView>{sums}, sum_owners,
                                              Traffic::metadata);
+}
+
+// Scales of tiles travel beside the codes: a panel is a row of tiles, so those of a piece lie
+// together.
+void Engine::Impl::add_weight_scales(std::vector<TensorView>& tensors, Owners& owners) const {
+  const auto scales_in = [](std::int64_t rows, std::int64_t columns) {
+    return scale_bytes(Granularity::tile, rows, columns) / std::int64_t{sizeof(float)};
+  };
+  std::vector<std::int32_t> tensor_of(params.size(), -1);
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    const Shape& shape = params[i].spec.shape;
+    if (!has_block_scales(params[i].formats.state.weight)) continue;
+    tensor_of[i] = static_cast<std::int32_t>(tensors.size());
+    tensors.push_back({adamw->block_weight(static_cast<int>(i)).scales, DType::f32,
+                       Shape{scales_in(shape[0], shape[1])}, ctx.device()});
+  }
+  for (std::vector<Piece>& pieces : owners) {
+    std::vector<Piece> scales;
+    for (const Piece& piece : pieces) {
+      const auto i = static_cast<std::size_t>(piece.tensor);
+      if (tensor_of[i] < 0 || piece.count == 0) continue;
+      const std::int64_t columns = params[i].spec.shape[1];
+      scales.push_back({tensor_of[i], scales_in(piece.begin / columns, columns),
+                        scales_in(piece.count / columns, columns)});
+    }
+    pieces.insert(pieces.end(), scales.begin(), scales.end());
+  }
 }
 
 void Engine::Impl::initialise() {
@@ -312,6 +357,7 @@ void Engine::Impl::describe() {
   } else if (sharded()) {
     plan.reduction = "sharded (send/receive, FP32 means straight into the owner's AdamW)";
     plan.weight_gather = "written by the owner's update, gathered as stored";
+    if (has_block_scales(plan.formats.state.weight)) plan.weight_gather += ", scales included";
   } else {
     plan.reduction = "two_shot (send/receive, means rounded once and gathered)";
     plan.weight_gather = "written by every rank's own update";

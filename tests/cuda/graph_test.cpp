@@ -62,15 +62,16 @@ class Graph {
 /// One linear layer and a vector, trained on a fixed batch.
 class Trainer {
  public:
-  Trainer(const Context& ctx, Level level, Fp8Recipe recipe)
+  Trainer(const Context& ctx, Level level, Fp8Recipe recipe, WeightFormat format)
       : ctx_(ctx),
         comm_(make_single(ctx)),
         gemms_(ctx),
-        engine_(ctx, *comm_, {.level = level}),
+        engine_(ctx, *comm_, {.level = level, .formats = formats_with(level, format)}),
         x_(upload(ctx, normal_values(kTokens * kIn, 1))),
         dy_(upload(ctx, normal_values(kTokens * kOut, 2))),
         init_(upload(ctx, normal_values(kIn * kOut, 3, 0.02f))),
         y_(ctx, DType::f32, {kTokens, kOut}),
+        dx_(ctx, DType::f32, {kTokens, kIn}),
         dw_(ctx, DType::f32, {kOut, kIn}),
         dbias_(ctx, DType::f32, {kOut}),
         lr_(ctx, sizeof(float)) {
@@ -81,7 +82,7 @@ class Trainer {
     bias_ = engine_.add(
         {.name = "b", .shape = {kOut}, .init = view_of(ctx, init_, DType::f32, {kOut})});
     engine_.freeze();
-    const DType weight = engine_.weight(weight_).data.dtype;
+    const DType weight = dtype_of(format);
     linear_ = std::make_unique<Linear>(gemms_, LinearConfig{.in_features = kIn,
                                                             .out_features = kOut,
                                                             .max_tokens = kTokens,
@@ -96,15 +97,26 @@ class Trainer {
   void set_rate(float rate) { write_one(ctx_, lr_.data(), rate); }
 
   void enqueue_step() {
-    const ScaledView w = engine_.weight(weight_);
+    const WeightFormat format = engine_.weight_format(weight_);
+    const bool blocks = has_block_scales(format), transposed = is_transposed(format);
+    const ScaledView w = blocks ? ScaledView{} : engine_.weight(weight_);
+    const BlockScaledView in_blocks = blocks ? engine_.block_weight(weight_) : BlockScaledView{};
     linear_->forward({.x = view_of(ctx_, x_, DType::f32, {kTokens, kIn}),
                       .weight = w,
+                      .block_weight = in_blocks,
                       .bias = engine_.weight(bias_).data,
                       .y = y_});
-    linear_->backward({.dy = view_of(ctx_, dy_, DType::f32, {kTokens, kOut}),
-                       .weight = w,
-                       .dw = {dw_.view(), nullptr},
-                       .dbias = dbias_});
+    linear_->backward(
+        {.dy = view_of(ctx_, dy_, DType::f32, {kTokens, kOut}),
+         .weight = w,
+         .block_weight = in_blocks,
+         .weight_transposed =
+             transposed && !blocks ? engine_.weight_transposed(weight_) : TensorView{},
+         .block_weight_transposed =
+             transposed && blocks ? engine_.block_weight_transposed(weight_) : BlockScaledView{},
+         .dx = dx_,
+         .dw = {dw_.view(), nullptr},
+         .dbias = dbias_});
     engine_.add_gradient(weight_, dw_);
     engine_.add_gradient(bias_, dbias_);
     engine_.step({.lr = 0.0f, .lr_device = lr_.as<const float>(), .max_norm = 1.0f});
@@ -112,12 +124,21 @@ class Trainer {
 
   std::vector<std::uint8_t> state() const {
     std::vector<std::uint8_t> bytes;
+    const auto append = [&bytes](const std::vector<std::uint8_t>& part) {
+      bytes.insert(bytes.end(), part.begin(), part.end());
+    };
+    append(download_bytes(ctx_, dx_));
     for (int i : {weight_.index, bias_.index}) {
       const AdamW& adamw = engine_.optimizer();
-      const auto append = [&bytes](const std::vector<std::uint8_t>& part) {
-        bytes.insert(bytes.end(), part.begin(), part.end());
-      };
-      append(download_bytes(ctx_, engine_.weight({i}).data));
+      const WeightFormat format = engine_.weight_format({i});
+      append(download_bytes(ctx_, has_block_scales(format) ? engine_.block_weight({i}).data
+                                                           : engine_.weight({i}).data));
+      append(block_scale_bytes(ctx_, adamw, i, format));
+      if (format == WeightFormat::e4m3_and_transpose) {
+        append(download_bytes(ctx_, engine_.weight_transposed({i})));
+      } else if (is_transposed(format)) {
+        append(download_bytes(ctx_, engine_.block_weight_transposed({i}).data));
+      }
       for (const StateView& view : {adamw.master(i), adamw.m(i), adamw.v(i)}) {
         append(download_state(ctx_, view));
       }
@@ -126,27 +147,34 @@ class Trainer {
   }
 
  private:
+  static Formats formats_with(Level level, WeightFormat weight) {
+    Formats formats = formats_of(level);
+    formats.state.weight = weight;
+    return formats;
+  }
+
   Context ctx_;
   std::unique_ptr<Communicator> comm_;
   GemmRegistry gemms_;
   Engine engine_;
   Buffer x_, dy_, init_;
-  Tensor y_, dw_, dbias_;
+  Tensor y_, dx_, dw_, dbias_;
   Buffer lr_;
   ParamId weight_, bias_;
   std::unique_ptr<Linear> linear_;
 };
 
-void check_replay(Level level, Fp8Recipe recipe) {
+void check_replay(Level level, Fp8Recipe recipe, WeightFormat format) {
+  CAPTURE(name_of(level), name_of(recipe), name_of(format));
   const Stream stream;
   const Context ctx = Context::cuda(0, stream.get());
-  Trainer eager(ctx, level, recipe);
+  Trainer eager(ctx, level, recipe, format);
   for (float rate : kRates) {
     eager.set_rate(rate);
     eager.enqueue_step();
   }
 
-  Trainer captured(ctx, level, recipe);
+  Trainer captured(ctx, level, recipe, format);
   captured.set_rate(kRates[0]);
   captured.enqueue_step();  // plans of GEMMs are made at their first call
   ctx.synchronize();
@@ -365,12 +393,14 @@ TEST_CASE("a captured step replays with the bits of the eager one") {
     return;
   }
   for (Level level : {Level::O0, Level::O1, Level::O2}) {
-    CAPTURE(name_of(level));
-    check_replay(level, Fp8Recipe::tensorwise);
+    check_replay(level, Fp8Recipe::tensorwise, formats_of(level).state.weight);
   }
   for (Fp8Recipe recipe : {Fp8Recipe::delayed, Fp8Recipe::blockwise, Fp8Recipe::mxfp8}) {
-    CAPTURE(name_of(recipe));
-    check_replay(Level::O2, recipe);
+    check_replay(Level::O2, recipe, WeightFormat::e4m3);
+  }
+  check_replay(Level::O2, Fp8Recipe::tensorwise, WeightFormat::e4m3_and_transpose);
+  for (WeightFormat tiles : {WeightFormat::e4m3_tile, WeightFormat::e4m3_tile_and_transpose}) {
+    check_replay(Level::O2, Fp8Recipe::blockwise, tiles);
   }
 }
 

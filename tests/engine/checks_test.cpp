@@ -128,13 +128,9 @@ TEST_CASE("hyper-parameters that no step could use are refused at once") {
     INFO(bad.field);
     CHECK(missing(error_of([&] { s.engine.add(spec); }), {"\"v\"", bad.field}) == "");
   }
-  for (WeightFormat weight :
-       {WeightFormat::none, WeightFormat::e4m3_and_transpose, WeightFormat::e4m3_row_block,
-        WeightFormat::e4m3_tile, WeightFormat::e4m3_tile_and_transpose}) {
-    const Formats unusable{.gradient = DType::f32, .state = {.weight = weight}};
-    CHECK(missing(error_of([&] { Small s({.formats = unusable}); }),
-                  {"formats", "weight", std::string(name_of(weight))}) == "");
-  }
+  const Formats unusable{.gradient = DType::f32, .state = {.weight = WeightFormat::none}};
+  CHECK(missing(error_of([&] { Small s({.formats = unusable}); }), {"formats", "weight", "none"}) ==
+        "");
   CHECK(missing(error_of([&] { Small s({.adamw = {.eps = 0.0f}}); }), {"eps", "0"}) == "");
   CHECK(missing(error_of([&] { Small s({.adamw = {.beta1 = 0.99f}}); }), {"beta1", "0.99"}) == "");
   const Formats formats{.gradient = DType::f16, .state = {}};

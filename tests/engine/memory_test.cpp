@@ -151,6 +151,71 @@ TEST_CASE("block states with a split master are 5.1 bytes") {
   for (const char* what : {"m", "v"}) CHECK(row(plan, what, true) == managed + 4 * 886);
 }
 
+TEST_CASE("weights of matrices have rows for transposed copies and scales") {
+  const auto managed = static_cast<std::uint64_t>(kManaged);
+  // Tiles of [1000, 64], [515, 80], [128, 64]: 8, 5 and 1 lines of one scale padded to 4. Of the
+  // transposes one line each, of 8, 5 and 1 scales padded to 8, 8 and 4. Blocks of rows: one of
+  // each row, rows padded to 1008, 528, 128.
+  constexpr std::uint64_t kTileScales = 4 * 4 * (8 + 5 + 1);
+  const struct {
+    WeightFormat weight;
+    std::uint64_t transposed, scales;
+  } cases[] = {{WeightFormat::e4m3, 0, 0},
+               {WeightFormat::e4m3_and_transpose, managed, 0},
+               {WeightFormat::e4m3_row_block, 0, 4 * (1008 + 528 + 128)},
+               {WeightFormat::e4m3_tile, 0, kTileScales},
+               {WeightFormat::e4m3_tile_and_transpose, managed, kTileScales + 4 * (8 + 8 + 4)}};
+  for (const auto& c : cases) {
+    for (int ranks : {1, 2}) {
+      EngineConfig config{.level = Level::O2, .formats = formats_of(Level::O2)};
+      config.formats->state.weight = c.weight;
+      for (const RankMemory& rank : measure(config, ranks)) {
+        INFO(name_of(c.weight) << ", " << ranks << " ranks");
+        std::uint64_t sum = 0;
+        for (const MemoryRow& r : rank.plan.memory) {
+          INFO(r.what << (r.fp8_managed ? ", FP8-managed" : ", other"));
+          CHECK(r.predicted == r.measured);
+          sum += r.measured;
+        }
+        CHECK(rank.held - sum < 1024);
+        CHECK(row(rank.plan, "weight", true) == managed);
+        CHECK(row(rank.plan, "transposed weight", true) == c.transposed);
+        CHECK(row(rank.plan, "weight scales", true) == c.scales);
+        const double own = static_cast<double>(c.transposed + c.scales) / kManaged;
+        CHECK(per_parameter(rank.plan) >= 7.0 + own);
+        CHECK(per_parameter(rank.plan) <= 7.01 + own);
+        CHECK(rank.grown_in_steps == 0);
+        const std::string text = rank.plan.to_markdown();
+        CHECK(text.find(name_of(c.weight)) != std::string::npos);
+        CHECK((text.find("transposed weight") != std::string::npos) == (c.transposed != 0));
+        CHECK((text.find("weight scales") != std::string::npos) == (c.scales != 0));
+      }
+    }
+  }
+}
+
+TEST_CASE("a gather of tiles sends their scales too, and the plan counts them") {
+  for (int ranks : {2, 3}) {
+    EngineConfig config{.level = Level::O3, .formats = formats_of(Level::O3)};
+    const auto sent = [&](WeightFormat weight) {
+      config.formats->state.weight = weight;
+      std::uint64_t sum = 0;
+      for (const RankMemory& rank : measure(config, ranks)) {
+        CHECK(rank.payload == rank.plan.wire_bytes_per_step);
+        for (const MemoryRow& r : rank.plan.memory) CHECK(r.predicted == r.measured);
+        CHECK(rank.grown_in_steps == 0);
+        CHECK((rank.plan.weight_gather.find("scales") != std::string::npos) ==
+              (weight == WeightFormat::e4m3_tile));
+        sum += rank.payload;
+      }
+      return sum;
+    };
+    const std::uint64_t scales = 4 * 4 * (8 + 5 + 1);
+    CHECK(sent(WeightFormat::e4m3_tile) ==
+          sent(WeightFormat::e4m3) + static_cast<std::uint64_t>(ranks - 1) * scales);
+  }
+}
+
 TEST_CASE("O3 holds 2 + 5/N bytes on average and no rank more than one panel per bucket above") {
   for (int ranks : {2, 3, 4}) {
     for (std::int64_t bucket : {std::int64_t{1}, std::int64_t{32} << 20}) {

@@ -187,6 +187,27 @@ TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
   CHECK(plain.at("runs")[0].at("fp8_recipe").is_null());
 }
 
+TEST_CASE("blockwise takes weights in tiles at every level", "[train_gpt]") {
+  const Folder folder;
+  std::ofstream(folder.file("words")) << words_text();
+  const std::string arguments = kSmall +
+                                "--device cpu --levels O1,O2,O3,small --ranks 2 --steps 20 "
+                                "--lr 1e-2 --data '" +
+                                folder.file("words") + "' --fp8-recipe ";
+  const json tiles = train(arguments + "blockwise").at("runs");
+  const json one_scale = train(arguments + "mxfp8").at("runs");
+  for (std::size_t i = 0; i < 4; ++i) {
+    check_run(tiles[i], 2, "cpu");
+    // Lines of four scales: 2 each of the tables of tokens, qkv and up, 1 each of out and down. A
+    // split master has a weight of one scale.
+    const double more = tiles[i].at("state_bytes_per_parameter").get<double>() -
+                        one_scale[i].at("state_bytes_per_parameter").get<double>();
+    const double scales = i < 3 ? 16.0 * (2 + 2 + 2 + 1 + 1) / (256 * 64 + 12 * 64 * 64) : 0.0;
+    CHECK(std::abs(more - scales) < 1e-9);
+  }
+  CHECK(tiles[1].at("losses")[0] == tiles[2].at("losses")[0]);
+}
+
 TEST_CASE("the same seed gives the same run, at any number of ranks the same batches",
           "[train_gpt]") {
   const std::string arguments = kSmall + "--device cpu --levels O0,O2 --steps 3 ";

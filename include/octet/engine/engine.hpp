@@ -17,8 +17,10 @@ struct EngineConfig {
   Level level = Level::O2;
   /// Default: what the level says (O3: optimizer, the others: none).
   std::optional<Sharding> sharding = {};
-  /// Default: the level's formats. Every combination of existing formats works, but for weights in
-  /// none and those that are transposed or have scales of blocks.
+  /// Default: the level's formats. Every combination of existing formats works but for two: the
+  /// weight is never none, and an optimizer cut over several ranks has no weights in
+  /// e4m3_row_block, e4m3_and_transpose and e4m3_tile_and_transpose. Formats of matrices want
+  /// FP8-managed parameters of two dimensions.
   std::optional<Formats> formats = {};
   AdamWConfig adamw = {};
   /// Parameters with at least two dimensions and this many elements are FP8-managed; all others
@@ -60,8 +62,8 @@ struct StepResult {
 };
 
 /// The trainer's side of the library: parameters are handed over once, gradients every step.
-/// add(), freeze() are set-up; weight(), add_gradient() and step() are the hot path: no allocation,
-/// no synchronisation, no host read of a device value.
+/// add(), freeze() are set-up; the weights, add_gradient() and step() are the hot path: no
+/// allocation, no synchronisation, no host read of a device value.
 /// All ranks make the same calls in the same order. Everything is deterministic.
 class Engine {
  public:
@@ -72,7 +74,8 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   /// Registers a parameter. Throws octet::Error for a duplicate or empty name, a missing or
-  /// mismatching init, or after freeze().
+  /// mismatching init, an FP8-managed shape that is no matrix where the weight's format is one of
+  /// matrices, or after freeze().
   ParamId add(const ParamSpec& spec);
 
   /// Allocates, checks that all ranks registered the same list (throws on every rank, naming the
@@ -80,10 +83,24 @@ class Engine {
   /// what it needs, every rank throws; the engine is then of no further use.
   void freeze();
 
+  /// How a parameter's compute weight is stored: the configuration's format where it is
+  /// FP8-managed, else f32.
+  WeightFormat weight_format(ParamId id) const;
   /// The compute weight: e4m3 with scale (FP8-managed at O1 to O3), bf16 (O0) or f32. The pointer
-  /// stays the same; the contents change in step().
+  /// stays the same, here and below; the contents change in step(). Throws octet::Error for a
+  /// weight with scales of blocks.
   ScaledView weight(ParamId id) const;
-  /// The compute weight decoded into the caller's buffer.
+  /// The transposed copy [columns, rows] of it, with the same scale. Throws octet::Error for
+  /// formats other than e4m3_and_transpose.
+  TensorView weight_transposed(ParamId id) const;
+  /// The compute weight with scales of its blocks, as Linear takes tiles. Throws octet::Error for
+  /// formats without.
+  BlockScaledView block_weight(ParamId id) const;
+  /// The transposed copy [columns, rows] of it, with the scales transposed. Throws octet::Error for
+  /// formats other than e4m3_tile_and_transpose.
+  BlockScaledView block_weight_transposed(ParamId id) const;
+  /// The compute weight of any format decoded into the caller's buffer (f32, bf16 or f16), rounded
+  /// once.
   void weight_as(ParamId id, const TensorView& out) const;
 
   /// Hands over the gradient of a parameter for this step: same shape, f32, bf16 or f16. It is

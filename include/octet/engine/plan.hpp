@@ -11,8 +11,8 @@ namespace octet {
 
 /// Bytes of one kind of memory of this rank: what the plan says and what the allocator gave out.
 struct MemoryRow {
-  /// "weight", "gradient", "master", "m", "v", "scales"; "reduced gradient shard",
-  /// "communication", "tables".
+  /// "weight", "gradient", "master", "m", "v", "scales", where the format has them "transposed
+  /// weight" and "weight scales" (of blocks); "reduced gradient shard", "communication", "tables".
   std::string what;
   bool fp8_managed = true;
   bool state = true;  ///< part of the model state (communication memory is not)
