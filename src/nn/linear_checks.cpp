@@ -2,10 +2,12 @@
 #include <algorithm>
 
 #include "linear_impl.hpp"
+#include "ops/cast_checks.hpp"
 
 namespace octet {
 namespace {
 
+using detail::named;
 using DTypes = std::initializer_list<DType>;
 
 constexpr DTypes kWide = {DType::f32, DType::bf16, DType::f16};
@@ -115,6 +117,10 @@ void Linear::Impl::check(const LinearForward& args) const {
     require(args.bias.empty(), "Linear: a bias is given, but the configuration has none");
   }
   check("y", args.y, {count, config.out_features}, kStored);
+  detail::check_apart(
+      "Linear", {named("y", args.y)},
+      {named("x", args.x), named("the weight", args.weight.data),
+       named("block_weight", args.block_weight.data), named("the bias", args.bias)});
 }
 
 void Linear::Impl::check(const LinearBackward& args, std::int64_t count) const {
@@ -138,6 +144,13 @@ void Linear::Impl::check(const LinearBackward& args, std::int64_t count) const {
             "no scale that fits both");
   }
   if (!args.dbias.empty()) check("dbias", args.dbias, {n}, kStored);
+  detail::check_apart("Linear",
+                      {named("dx", args.dx), named("dw", args.dw.data), named("dbias", args.dbias)},
+                      {named("dy", args.dy), named("the weight", args.weight.data),
+                       named("block_weight", args.block_weight.data),
+                       named("weight_transposed", args.weight_transposed),
+                       named("block_weight_transposed", args.block_weight_transposed.data),
+                       named("input_pre_activation", args.input_pre_activation)});
 }
 
 }  // namespace octet

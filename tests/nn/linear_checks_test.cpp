@@ -161,6 +161,8 @@ TEST_CASE("wrong arguments of backward are refused with their names") {
           b.accumulate = true;
         }),
                 {"dw is e4m3", "accumulate", "f32 or bf16"}) == "");
+  CHECK(missing(layer.backward([&](B& b) { b.dbias = view(DType::f16, {N}); }),
+                {"dbias is f16", "f32, bf16 are allowed"}) == "");
   CHECK(missing(layer.backward([&](B& b) { b.dbias = view(f32, {K}); }),
                 {"dbias has shape [48]", "[32]"}) == "");
   CHECK(missing(layer.backward([&](B& b) {
@@ -179,6 +181,59 @@ TEST_CASE("wrong arguments of backward are refused with their names") {
         }),
                 {"input_pre_activation is f32", "bf16 is allowed"}) == "");
   CHECK(layer.gemms.counts().fp8 == gemms);
+}
+
+TEST_CASE("a result that overlaps what is read or another result is refused by name") {
+  for (bool fp8 : {true, false}) {
+    Layer layer({.fp8 = fp8, .weight_dtype = fp8 ? e4m3 : bf16});
+    const TensorView weight = fp8 ? layer.weight.view().data : layer.view(bf16, {N, K});
+    TensorView over_weight = weight;
+    over_weight.dtype = bf16;
+    const auto forward = [&](const auto& change) {
+      return layer.forward([&](F& f) {
+        f.weight.data = weight;
+        change(f);
+      });
+    };
+    const auto backward = [&](const auto& change) {
+      return layer.backward([&](B& b) {
+        b.weight.data = weight;
+        b.dx = layer.out(f32, {4, K});
+        change(b);
+      });
+    };
+    CHECK(missing(forward([&](F& f) {
+                    f.y = layer.view(f32, {4, N});
+                  }),
+                  {"y (512 bytes", "overlaps", "x (768 bytes", "apart"}) == "");
+    CHECK(missing(forward([&](F& f) {
+                    f.x = layer.out(f32, {4, K}), f.y = over_weight;
+                    f.y.shape = {4, N};
+                  }),
+                  {"y (256 bytes", "the weight ("}) == "");
+    CHECK(missing(layer.backward([](B&) {}), {"before any forward"}) == "");
+    REQUIRE(forward([](F&) {}) == "no error");
+    CHECK(backward([](B&) {}) == "no error");
+    CHECK(missing(backward([&](B& b) {
+                    b.dx = layer.view(f32, {4, K});
+                  }),
+                  {"dx (768 bytes", "dy (512 bytes"}) == "");
+    CHECK(missing(backward([&](B& b) {
+                    b.dw.data = layer.out(bf16, {N, K});
+                  }),
+                  {"dw (3072 bytes", "dx (768 bytes"}) == "");
+    CHECK(missing(backward([&](B& b) { b.dbias = layer.out(f32, {N}); }),
+                  {"dbias (128 bytes", "dx (768 bytes"}) == "");
+    CHECK(missing(backward([&](B& b) {
+                    b.dw.data = over_weight;
+                    b.dy = layer.out(f32, {4, N}), b.dx = {};
+                  }),
+                  {"dw (3072 bytes", "the weight ("}) == "");
+    CHECK(missing(backward([&](B& b) {
+                    b.input_pre_activation = layer.out(bf16, {4, K});
+                  }),
+                  {"dx (768 bytes", "input_pre_activation (384 bytes"}) == "");
+  }
 }
 
 TEST_CASE("what is not finite raises the flag, in x, dy, a weight that is cast and dw") {

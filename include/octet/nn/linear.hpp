@@ -81,7 +81,7 @@ struct LinearBackward {
   /// [N, K] f32 or bf16; or e4m3 with a scale, a product rounded to BF16 and cast with current
   /// scaling. Optional.
   ScaledView dw = {};
-  TensorView dbias = {};  ///< [N] f32, bf16 or f16: sums of the columns of dy; optional
+  TensorView dbias = {};  ///< [N] f32 or bf16: sums of the columns of dy; optional
   /// Add to dw and dbias, which hold the sum of the micro-batches before, instead of overwriting.
   /// Not for dw in e4m3.
   bool accumulate = false;
@@ -115,6 +115,7 @@ class Linear {
   /// dtypes and what is given at all. Allocates and synchronises.
   void prepare(const LinearForward& forward, const LinearBackward& backward);
 
+  /// What a call writes must be apart from what it reads and from what else it writes.
   /// Throws octet::Error naming the argument before anything has changed.
   void forward(const LinearForward& args);
   /// Gradients for the last forward that saved its input.
