@@ -232,7 +232,9 @@ CublasLtPlan plan_cublaslt(const GemmProblem& p, const GemmDevice& device) {
   plan.product.b_scales = p.b_scales;
   plan.product.accumulation = p.accumulation;
   plan.product.deterministic = p.deterministic;
-  if (Reason still = check_d(plan.product); !still.empty()) return refuse(still);
+  if (Reason still = check_d(plan.product); !still.empty()) {
+    return refuse(apart == still ? still : text(apart, "; with sums in f32: ", still));
+  }
   plan.in_two_passes = true;
   const auto sums = static_cast<std::size_t>(p.m * p.n) * sizeof(float);
   support.verdict = GemmVerdict::with_conversion;
