@@ -125,7 +125,8 @@ void compare(octet::GemmRegistry& gemms, std::int64_t rows, const std::string& w
   std::printf("largest difference from exact sums: %g\n\n", static_cast<double>(largest));
   // 1000 products of at most 0.7 and as many roundings, each of half a place.
   octet::require(largest < 700.0f * 1000 * 0x1p-24f, "the results differ by ", largest);
-  octet::require(choice.backend->name() == winner, winner, " is not the fastest");
+  octet::require(choice.backend->name() == winner, winner, " should have been the fastest for ",
+                 problem.m, " rows; is the machine busy, or a backend forced by OCTET_GEMM?");
 }
 
 }  // namespace

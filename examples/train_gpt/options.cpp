@@ -25,8 +25,8 @@ struct Arguments {
   std::optional<int> ranks, layers, width, heads, context, batch;
   std::optional<float> lr;
   int steps = 300, log_every = 20;
-  std::optional<std::string> fp8_format;
-  std::optional<int> amax_history_len;
+  std::optional<std::string> fp8_format, amax_compute_algo;
+  std::optional<int> amax_history_len, margin;
   std::int64_t seed = 1;
 };
 
@@ -66,15 +66,19 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--log-every", a.log_every,
                  "Steps between progress lines in a file (default: 20)");
   app.add_option("--fp8-recipe", a.fp8_recipe,
-                 "Scales of the factors of FP8 matrix products: tensorwise (one each, by its own "
-                 "amax), delayed (one each, by the largest amax of the steps before), blockwise "
-                 "(one per 128 values, of weights per 128x128) or mxfp8 (one per 32 values; "
-                 "default: tensorwise)");
+                 "Scales of activations and their gradients in FP8 matrix products: tensorwise "
+                 "(one each, by its own amax), delayed (one each, by amaxes of the steps before), "
+                 "blockwise (one per 128 values) or mxfp8 (one per 32 values; default: "
+                 "tensorwise); weights come from the optimizer with one scale each");
   app.add_option("--fp8-format", a.fp8_format,
                  "hybrid (gradients of activations in E5M2) or e4m3 (default: e4m3 for blockwise "
                  "and mxfp8, else hybrid)");
-  app.add_option("--amax-history-len", a.amax_history_len,
+  app.add_option("--fp8-amax-history-len", a.amax_history_len,
                  "Steps that delayed scaling looks back (default: 1024)");
+  app.add_option("--fp8-amax-compute-algo", a.amax_compute_algo,
+                 "max or most_recent: the amax of these steps that makes the scale (default: max)");
+  app.add_option("--fp8-margin", a.margin,
+                 "Delayed scaling divides its scales by 2 to this power (default: 0)");
   app.add_option("--json", a.json, "Write the results to this file");
   try {
     app.parse(argc, argv);
@@ -96,6 +100,28 @@ Setup setup_of(const std::string& name) {
   octet::fail("--levels ", name, ": must be O0, O1, O2, O3 or small");
 }
 
+octet::DelayedScalingConfig delayed_scaling_of(const Arguments& a, octet::Fp8Recipe recipe) {
+  const auto check_recipe = [&](const char* option, const auto& value) {
+    if (recipe == octet::Fp8Recipe::delayed || !value) return;
+    octet::fail(option, " ", *value, ": is for --fp8-recipe delayed");
+  };
+  check_recipe("--fp8-amax-history-len", a.amax_history_len);
+  check_recipe("--fp8-amax-compute-algo", a.amax_compute_algo);
+  check_recipe("--fp8-margin", a.margin);
+  octet::DelayedScalingConfig config;
+  config.amax_history_len = a.amax_history_len.value_or(config.amax_history_len);
+  config.margin = a.margin.value_or(config.margin);
+  require(config.amax_history_len >= 1, "--fp8-amax-history-len ", config.amax_history_len,
+          ": must be at least 1");
+  require(config.margin >= -64 && config.margin <= 64, "--fp8-margin ", config.margin,
+          ": must be from -64 to 64");
+  const std::string algo = a.amax_compute_algo.value_or("max");
+  require(algo == "max" || algo == "most_recent", "--fp8-amax-compute-algo ", algo,
+          ": must be max or most_recent");
+  if (algo == "most_recent") config.amax_compute_algo = octet::AmaxComputeAlgo::most_recent;
+  return config;
+}
+
 Fp8Settings fp8_settings_of(const Arguments& a) {
   const auto recipe = octet::parse_fp8_recipe(a.fp8_recipe);
   require(recipe.has_value(), "--fp8-recipe ", a.fp8_recipe,
@@ -106,12 +132,7 @@ Fp8Settings fp8_settings_of(const Arguments& a) {
     require(asked.has_value(), "--fp8-format ", *a.fp8_format, ": must be hybrid or e4m3");
     format = *asked;
   }
-  const octet::DelayedScalingConfig defaults;
-  const int length = a.amax_history_len.value_or(defaults.amax_history_len);
-  require(length >= 1, "--amax-history-len ", length, ": must be at least 1");
-  require(recipe == octet::Fp8Recipe::delayed || !a.amax_history_len, "--amax-history-len ", length,
-          ": is for --fp8-recipe delayed");
-  return {.recipe = *recipe, .format = format, .delayed = {.amax_history_len = length}};
+  return {.recipe = *recipe, .format = format, .delayed = delayed_scaling_of(a, *recipe)};
 }
 
 DeviceType choose_device(const std::string& text) {

@@ -22,6 +22,14 @@ std::string figure(const Figure& figure) {
   return number(figure.measured, 3) + " / " + number(figure.planned, 3);
 }
 
+std::string gemms(const RunResult& run) {
+  std::string text = number(run.fp8_gemms_per_step, 0);
+  if (run.converted_gemms_per_step > 0.0) {
+    text += ", " + number(run.converted_gemms_per_step, 0) + " with conversion";
+  }
+  return text;
+}
+
 const char* name_of(octet::DeviceType device) {
   return device == octet::DeviceType::cuda ? "cuda" : "cpu";
 }
@@ -29,25 +37,29 @@ const char* name_of(octet::DeviceType device) {
 nlohmann::ordered_json to_json(const RunResult& run) {
   using Json = nlohmann::ordered_json;
   const bool is_fp8 = run.fp8_gemms_per_step > 0.0;
-  const bool is_delayed = run.fp8.recipe == octet::Fp8Recipe::delayed;
-  return {
-      {"level", run.name},
-      {"sharding", octet::name_of(run.sharding)},
-      {"ranks", run.ranks},
-      {"device", name_of(run.device)},
-      {"parameters", run.parameters},
-      {"fp8_recipe", is_fp8 ? Json(octet::name_of(run.fp8.recipe)) : Json()},
-      {"fp8_format", is_fp8 ? Json(octet::name_of(run.fp8.format)) : Json()},
-      {"amax_history_len", is_fp8 && is_delayed ? Json(run.fp8.delayed.amax_history_len) : Json()},
-      {"val_loss", run.validation_loss},
-      {"losses", run.losses},
-      {"state_bytes_per_parameter", run.state_bytes_managed.measured},
-      {"state_bytes_per_parameter_all", run.state_bytes_all.measured},
-      {"peak_bytes_per_rank", run.peak_bytes},
-      {"wire_bytes_per_parameter_per_step", run.wire_bytes.measured},
-      {"fp8_gemms_per_step", run.fp8_gemms_per_step},
-      {"step_seconds", run.step_seconds},
-      {"skipped_steps", run.skipped_steps}};
+  const bool is_delayed = is_fp8 && run.fp8.recipe == octet::Fp8Recipe::delayed;
+  const octet::DelayedScalingConfig& delayed = run.fp8.delayed;
+  const bool is_max = delayed.amax_compute_algo == octet::AmaxComputeAlgo::max;
+  return {{"level", run.name},
+          {"sharding", octet::name_of(run.sharding)},
+          {"ranks", run.ranks},
+          {"device", name_of(run.device)},
+          {"parameters", run.parameters},
+          {"fp8_recipe", is_fp8 ? Json(octet::name_of(run.fp8.recipe)) : Json()},
+          {"fp8_format", is_fp8 ? Json(octet::name_of(run.fp8.format)) : Json()},
+          {"amax_history_len", is_delayed ? Json(delayed.amax_history_len) : Json()},
+          {"amax_compute_algo", is_delayed ? Json(is_max ? "max" : "most_recent") : Json()},
+          {"margin", is_delayed ? Json(delayed.margin) : Json()},
+          {"val_loss", run.validation_loss},
+          {"losses", run.losses},
+          {"state_bytes_per_parameter", run.state_bytes_managed.measured},
+          {"state_bytes_per_parameter_all", run.state_bytes_all.measured},
+          {"peak_bytes_per_rank", run.peak_bytes},
+          {"wire_bytes_per_parameter_per_step", run.wire_bytes.measured},
+          {"fp8_gemms_per_step", run.fp8_gemms_per_step},
+          {"converted_gemms_per_step", run.converted_gemms_per_step},
+          {"step_seconds", run.step_seconds},
+          {"skipped_steps", run.skipped_steps}};
 }
 
 }  // namespace
@@ -71,7 +83,7 @@ std::string to_markdown(const std::vector<RunResult>& runs) {
         << figure(run.state_bytes_all) << " | "
         << number(static_cast<double>(run.peak_bytes) / 1e6, 2) << " | " << figure(run.wire_bytes)
         << " | " << number(run.step_seconds * 1e3, 2) << " ms | " << run.skipped_steps << " | "
-        << number(run.fp8_gemms_per_step, 0) << " |\n";
+        << gemms(run) << " |\n";
   }
   return out.str();
 }

@@ -26,7 +26,7 @@ struct RankReport {
   octet::Plan plan;
   std::uint64_t peak_bytes = 0;
   std::uint64_t wire_bytes = 0;  ///< of all steps
-  std::int64_t fp8_gemms = 0;
+  octet::GemmCounts gemms;
   std::int64_t skipped_steps = 0;
   double validation_loss = 0.0;  ///< sum over this rank's batches
   std::vector<float> losses;
@@ -124,7 +124,7 @@ class RankTrainer {
       board.post(rank_, report.losses);
     }
     report.wire_bytes = comm_.wire_bytes().payload;
-    report.fp8_gemms = gemms_.counts().fp8;
+    report.gemms = gemms_.counts();
     report.skipped_steps = result->skipped.read_sync();
     report.step_seconds = median_after_start(std::move(seconds));
   }
@@ -211,7 +211,11 @@ RunResult summarise(const Options& options, const Setup& setup,
   result.device = options.device;
   result.parameters = first.plan.parameters;
   result.fp8 = options.model.fp8;
-  result.fp8_gemms_per_step = static_cast<double>(first.fp8_gemms) / options.steps;
+  const auto per_step = [&](std::int64_t count) {
+    return static_cast<double>(count) / options.steps;
+  };
+  result.fp8_gemms_per_step = per_step(first.gemms.fp8);
+  result.converted_gemms_per_step = per_step(first.gemms.with_conversion);
   result.step_seconds = first.step_seconds;
   result.skipped_steps = first.skipped_steps;
   result.losses.assign(static_cast<std::size_t>(options.steps), 0.0f);

@@ -32,7 +32,8 @@ struct RunResult {
   Figure wire_bytes;             ///< per parameter and step
   std::uint64_t peak_bytes = 0;  ///< the most that any rank had allocated at one time
   double fp8_gemms_per_step = 0.0;
-  double step_seconds = 0.0;  ///< median
+  double converted_gemms_per_step = 0.0;  ///< GemmCounts::with_conversion
+  double step_seconds = 0.0;              ///< median
   std::int64_t skipped_steps = 0;
   /// Where the measured bytes are not the planned ones: must be empty.
   std::vector<std::string> disagreements;

@@ -84,22 +84,8 @@ Reason check_scale_modes(const GemmProblem& p, const GemmDevice& device) {
     return text("a_scales are mx; that needs compute capability 100 to 119, the device has ",
                 capability);
   }
-  if (is_fp8(p.d)) {
-    return text("d is ", name_of(p.d), "; that goes with tensor scales, a_scales are ",
-                name_of(p.a_scales));
-  }
   if (mx_pair) return check_multiple("k", p.k, 32, "mx");
   return blocks ? check_block_sizes(p) : Reason();
-}
-
-Reason check_fp8_types(const GemmProblem& p) {
-  if (p.a == DType::e5m2 && p.b == DType::e5m2) {
-    return "a and b are both e5m2; at least one must be e4m3";
-  }
-  if (p.d == DType::e5m2 && p.a == DType::e4m3 && p.b == DType::e4m3) {
-    return "d is e5m2; that needs an e5m2 operand";
-  }
-  return {};
 }
 
 Reason check_fp8(const GemmProblem& p, const GemmDevice& device) {
@@ -114,7 +100,9 @@ Reason check_fp8(const GemmProblem& p, const GemmDevice& device) {
   if (p.accumulation == Accumulation::exact) {
     return "accumulation is exact; promoted and fast are allowed";
   }
-  if (Reason no = check_fp8_types(p); !no.empty()) return no;
+  if (p.a == DType::e5m2 && p.b == DType::e5m2) {
+    return "a and b are both e5m2; at least one must be e4m3";
+  }
   if (p.a_transposed || p.b_transposed) {
     return text(p.a_transposed ? "a" : "b",
                 " is transposed; FP8 operands must be contiguous along k");
@@ -140,6 +128,19 @@ Reason check_wide(const GemmProblem& p, const GemmDevice& device) {
   return {};
 }
 
+Reason check_fp8_d(const GemmProblem& p) {
+  if (p.a_scales != tensor) {
+    return text("d is ", name_of(p.d), "; that goes with tensor scales, a_scales are ",
+                name_of(p.a_scales));
+  }
+  if (p.a == DType::e5m2 || p.b == DType::e5m2) {
+    // The vendor's amax of D would leave infinity out.
+    return text("d is ", name_of(p.d), " and an operand e5m2, which may hold infinity");
+  }
+  if (p.d == DType::e5m2) return "d is e5m2; of FP8 only e4m3 is written directly";
+  return {};
+}
+
 /// Whether the vendor's kernels write this D themselves, and if not why.
 Reason check_d(const GemmProblem& p) {
   const bool fp8 = is_fp8(p.a);
@@ -148,9 +149,8 @@ Reason check_d(const GemmProblem& p) {
   if (p.a == DType::f32 && p.d != DType::f32)
     return text("d is ", name_of(p.d), "; f32 operands give f32");
   if (!fp8) return {};
-  if (is_fp8(p.d) && (p.a == DType::e5m2 || p.b == DType::e5m2)) {
-    // Its amax of D would leave infinity out.
-    return text("d is ", name_of(p.d), " and an operand e5m2, which may hold infinity");
+  if (is_fp8(p.d)) {
+    if (Reason no = check_fp8_d(p); !no.empty()) return no;
   }
   if (Reason no = check_row_bytes("n", p.n, p.d); !no.empty()) return no;
   return check_row_bytes("ldd", detail::row_stride_d(p), p.d);
@@ -232,7 +232,9 @@ CublasLtPlan plan_cublaslt(const GemmProblem& p, const GemmDevice& device) {
   plan.product.b_scales = p.b_scales;
   plan.product.accumulation = p.accumulation;
   plan.product.deterministic = p.deterministic;
-  if (Reason still = check_d(plan.product); !still.empty()) return refuse(still);
+  if (Reason still = check_d(plan.product); !still.empty()) {
+    return refuse(apart == still ? still : text(apart, "; with sums in f32: ", still));
+  }
   plan.in_two_passes = true;
   const auto sums = static_cast<std::size_t>(p.m * p.n) * sizeof(float);
   support.verdict = GemmVerdict::with_conversion;

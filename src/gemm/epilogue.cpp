@@ -8,6 +8,8 @@ namespace octet {
 
 void apply_epilogue(const Context& ctx, const GemmProblem& problem, const float* sums,
                     const GemmArgs& args) {
+  const std::string unknown = detail::enumeration_refusal(problem);
+  require(unknown.empty(), "apply_epilogue: ", unknown);
   const std::string refusal = detail::epilogue_refusal(problem);
   require(refusal.empty(), problem, ": ", refusal);
   require(problem.m >= 0 && problem.n >= 0, problem, ": m and n must not be negative");
@@ -16,6 +18,8 @@ void apply_epilogue(const Context& ctx, const GemmProblem& problem, const float*
   require(!problem.bias || args.bias != nullptr, problem, ": bias is null");
   require(!problem.aux || args.aux != nullptr, problem, ": aux is null");
   require(!is_fp8(problem.d) || args.d_scale != nullptr, problem, ": d_scale is null");
+  require(is_fp8(problem.d) || (args.d_scale == nullptr && args.d_amax == nullptr), problem,
+          ": d_scale or d_amax is given, but d is not FP8");
   detail::backend_of(ctx).epilogue(ctx, problem, sums, args);
 }
 

@@ -108,6 +108,8 @@ void check_all_apart(const GemmProblem& p, const GemmArgs& args) {
 }  // namespace
 
 void check_problem(const GemmProblem& p) {
+  const std::string unknown = enumeration_refusal(p);
+  require(unknown.empty(), "gemm: ", unknown);
   require(p.m >= 0 && p.n >= 0 && p.k >= 0, p, ": m, n and k must not be negative");
   const std::string refusal = problem_refusal(p);
   require(refusal.empty(), p, ": ", refusal);

@@ -34,6 +34,13 @@ std::string wide_refusal(const char* name, DType dtype) {
   return joined(name, " is ", name_of(dtype), "; f32, bf16 and f16 are allowed");
 }
 
+/// Of a value that is none of the enumeration's, which has no name.
+template <class Enum>
+std::string unknown_refusal(const char* name, Enum value, Enum last, const char* allowed) {
+  if (value <= last) return {};
+  return joined(name, " is ", static_cast<int>(value), "; ", allowed, " are allowed");
+}
+
 /// The first reason of a few.
 std::string first_of(std::initializer_list<std::string> reasons) {
   for (const std::string& reason : reasons) {
@@ -43,6 +50,22 @@ std::string first_of(std::initializer_list<std::string> reasons) {
 }
 
 }  // namespace
+
+std::string enumeration_refusal(const GemmProblem& p) {
+  constexpr const char* kDtypes = "f32, bf16, f16, e4m3 and e5m2";
+  constexpr const char* kScales = "tensor, row, row_block, tile and mx";
+  return first_of(
+      {unknown_refusal("a", p.a, DType::e5m2, kDtypes),
+       unknown_refusal("b", p.b, DType::e5m2, kDtypes),
+       unknown_refusal("d", p.d, DType::e5m2, kDtypes),
+       unknown_refusal("bias_type", p.bias_type, DType::e5m2, kDtypes),
+       unknown_refusal("aux_type", p.aux_type, DType::e5m2, kDtypes),
+       unknown_refusal("a_scales", p.a_scales, Granularity::mx, kScales),
+       unknown_refusal("b_scales", p.b_scales, Granularity::mx, kScales),
+       unknown_refusal("accumulation", p.accumulation, Accumulation::exact,
+                       "promoted, fast and exact"),
+       unknown_refusal("activation", p.activation, Activation::dgelu, "none, gelu and dgelu")});
+}
 
 std::string epilogue_refusal(const GemmProblem& p) {
   if (p.accumulate && p.d != DType::f32 && p.d != DType::bf16) {
@@ -61,6 +84,7 @@ std::string epilogue_refusal(const GemmProblem& p) {
 }
 
 std::string problem_refusal(const GemmProblem& p) {
+  if (std::string refusal = enumeration_refusal(p); !refusal.empty()) return refusal;
   return first_of({stride_refusal("lda", p.lda, p.a_transposed ? p.m : p.k),
                    stride_refusal("ldb", p.ldb, p.b_transposed ? p.n : p.k),
                    operand_refusal("a", p.a, p.a_transposed, p.a_scales),

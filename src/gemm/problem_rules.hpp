@@ -7,7 +7,11 @@
 
 namespace octet::detail {
 
-/// Why no backend can serve a problem: fields that exclude each other, and leading dimensions
+/// A field that is none of its enumeration's values: such a problem must not be printed. Empty if
+/// there is none.
+std::string enumeration_refusal(const GemmProblem& problem);
+
+/// Why no backend can serve a problem: that, fields that exclude each other, and leading dimensions
 /// shorter than a row. Empty if there is no such reason. Names the field and the limit.
 std::string problem_refusal(const GemmProblem& problem);
 

@@ -183,6 +183,7 @@ GemmRegistry::Ready& GemmRegistry::ready(const GemmProblem& problem) {
   if (problem.m != 0 && problem.n != 0 && problem.k != 0) {
     require(choice.backend != nullptr, problem, ": no backend can run it\n", choice.report);
     ready.plan = choice.backend->plan(ctx_, problem);
+    ready.converts = choice.support.verdict == GemmVerdict::with_conversion;
   }
   const bool fp8 = is_fp8(problem.a) || is_fp8(problem.b);
   const bool bf16 = problem.a == DType::bf16 || problem.b == DType::bf16;
@@ -197,6 +198,7 @@ void GemmRegistry::run(const GemmProblem& problem, const GemmArgs& args) {
   if (problem.k == 0) return apply_epilogue(ctx_, problem, nullptr, args);
   how.plan(ctx_, args);
   ++*how.count;
+  counts_.with_conversion += how.converts ? 1 : 0;
 }
 
 }  // namespace octet

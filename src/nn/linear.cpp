@@ -72,6 +72,12 @@ void Linear::prepare(const LinearForward& forward, const LinearBackward& backwar
   impl_->prepare(forward, backward);
 }
 
+std::string Linear::report(const LinearForward& forward, const LinearBackward& backward) {
+  impl_->check(forward);
+  impl_->check(backward, forward.x.shape[0]);
+  return impl_->report(forward, backward);
+}
+
 TensorView Linear::pre_activation() const {
   const Impl& impl = *impl_;
   require(impl.config.gelu, "Linear: pre_activation() is for a configuration with gelu");

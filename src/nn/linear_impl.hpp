@@ -123,6 +123,7 @@ struct Linear::Impl {
   struct Product {
     GemmProblem problem;
     bool can_pad;  ///< A has rows of zeros after its last, up to a multiple of 16
+    const char* name = "";
   };
   /// How a product is run: as it is asked for, or by a GEMM of more rows or without the epilogue.
   struct Route {
@@ -141,6 +142,7 @@ struct Linear::Impl {
                                    const LinearBackward& backward) const;
   void choose_routes();
   void prepare(const LinearForward& forward, const LinearBackward& backward);
+  std::string report(const LinearForward& forward, const LinearBackward& backward);
   void reserve(std::size_t product_bytes);
   void run(const Product& product, const GemmArgs& args);
   void multiply(const LinearOperand& a, const LinearOperand& b, std::int64_t k,

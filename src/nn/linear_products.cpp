@@ -60,14 +60,15 @@ GemmProblem Linear::Impl::routed(const GemmProblem& problem, const Route& route)
 /// The first of these that a backend does without conversions, else the first that one does at all:
 /// the problem as it is, one with further rows, one whose epilogue is a step of its own, both.
 Linear::Impl::Route Linear::Impl::find_route(const Product& product) const {
-  const auto& [problem, can_pad] = product;
+  const GemmProblem& problem = product.problem;
   const bool has_epilogue =
       problem.accumulate || problem.bias || problem.activation != Activation::none;
   std::vector<Route> candidates = {{}};
   // The caller's aux and what D holds already have no further rows.
-  if (can_pad && !problem.aux && !problem.accumulate) candidates.push_back({.padded = true});
+  if (product.can_pad && !problem.aux && !problem.accumulate)
+    candidates.push_back({.padded = true});
   if (has_epilogue) candidates.push_back({.stepwise = true});
-  if (has_epilogue && can_pad) candidates.push_back({.padded = true, .stepwise = true});
+  if (has_epilogue && product.can_pad) candidates.push_back({.padded = true, .stepwise = true});
   std::string report;
   for (GemmVerdict wanted : {GemmVerdict::native, GemmVerdict::with_conversion}) {
     for (Route route : candidates) {
@@ -102,19 +103,20 @@ std::vector<Linear::Impl::Product> Linear::Impl::products_of(const LinearForward
   const Granularity x = x_granularity(), w = w_granularity();
   const DType dtype = operand_dtype();
   std::vector<Product> list;
-  const auto add = [&](const LinearOperand& a, const LinearOperand& b, const Sizes& sizes, DType d,
-                       const LinearEpilogue& epilogue) {
+  const auto add = [&](const char* name, const LinearOperand& a, const LinearOperand& b,
+                       const Sizes& sizes, DType d, const LinearEpilogue& epilogue) {
     if (sizes.m == 0 || sizes.n == 0 || sizes.k == 0) return;
-    list.push_back({problem_of(a, b, sizes, d, epilogue), can_pad(a, sizes.m)});
+    list.push_back({problem_of(a, b, sizes, d, epilogue), can_pad(a, sizes.m), name});
   };
   void* const given = scales.data();  // any pointer that is not null
-  add(shape_of(dtype, {cut_rows(t), k}, x), shape_of(dtype, {n, k}, w), {t, n, k}, forward.y.dtype,
+  add("y", shape_of(dtype, {cut_rows(t), k}, x), shape_of(dtype, {n, k}, w), {t, n, k},
+      forward.y.dtype,
       {.bias = config.bias ? given : nullptr,
        .activation = config.gelu ? Activation::gelu : Activation::none,
        .aux = config.gelu && forward.save_for_backward ? given : nullptr});
   if (!backward.dx.empty()) {
     const bool dgelu = !backward.input_pre_activation.empty();
-    add(shape_of(dy_dtype(), {cut_rows(t), n}, x),
+    add("dx", shape_of(dy_dtype(), {cut_rows(t), n}, x),
         config.fp8 ? shape_of(dtype, {k, padded_rows(n)}, w) : shape_of(dtype, {n, k}, w, true),
         {t, k, n}, backward.dx.dtype,
         {.activation = dgelu ? Activation::dgelu : Activation::none,
@@ -125,11 +127,12 @@ std::vector<Linear::Impl::Product> Linear::Impl::products_of(const LinearForward
   const LinearEpilogue sum{.accumulate = backward.accumulate};
   if (!backward.dw.data.empty()) {
     const DType d = backward.dw.data.dtype;
-    add(dy_columns, config.fp8 ? shape_of(dtype, {k, summed}, x) : shape_of(dtype, {t, k}, x, true),
+    add("dw", dy_columns,
+        config.fp8 ? shape_of(dtype, {k, summed}, x) : shape_of(dtype, {t, k}, x, true),
         {n, k, summed}, d == DType::e4m3 ? DType::bf16 : d, sum);
   }
   if (!backward.dbias.empty() && !config.fp8) {
-    add(shape_of(dtype, {1, t}, x), dy_columns, {1, n, t}, backward.dbias.dtype, sum);
+    add("dbias", shape_of(dtype, {1, t}, x), dy_columns, {1, n, t}, backward.dbias.dtype, sum);
   }
   return list;
 }
@@ -174,6 +177,22 @@ void Linear::Impl::prepare(const LinearForward& forward, const LinearBackward& b
     bytes = std::max(bytes, route_of(product).bytes);
   }
   reserve(bytes);
+}
+
+std::string Linear::Impl::report(const LinearForward& forward, const LinearBackward& backward) {
+  std::string text;
+  for (const Product& product : products_of(forward, backward)) {
+    const Route& route = route_of(product);
+    const GemmProblem inner = routed(product.problem, route);
+    const GemmRegistry::Choice choice = gemms.choose(inner);
+    require(choice.backend != nullptr, inner, ": no backend can run it\n", choice.report);
+    text += std::string(product.name) + ": " + to_string(product.problem) + ", by " +
+            choice.backend->name();
+    if (route.padded) text += ", with rows of zeros up to a multiple of 16";
+    if (route.stepwise) text += ", what follows the sum as a step of its own";
+    text += "\n" + choice.report;
+  }
+  return text;
 }
 
 void Linear::Impl::run(const Product& product, const GemmArgs& args) {

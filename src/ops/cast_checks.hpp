@@ -32,16 +32,28 @@ struct NamedBytes {
   std::size_t bytes;
 };
 
+inline void check_apart(const char* op, const NamedBytes& a, const NamedBytes& b) {
+  if (a.data == nullptr || b.data == nullptr || a.bytes == 0 || b.bytes == 0) return;
+  require(!overlap(a.data, a.bytes, b.data, b.bytes), op, ": ", a.name, " (", a.bytes, " bytes at ",
+          a.data, ") overlaps ", b.name, " (", b.bytes, " bytes at ", b.data,
+          "); they must be apart");
+}
+
 /// Two outputs, or an output and what is read, must not share a byte.
 inline void check_apart(const char* op, std::initializer_list<NamedBytes> all) {
   for (const NamedBytes& a : all) {
     for (const NamedBytes& b : all) {
       if (&b == &a) break;
-      if (a.data == nullptr || b.data == nullptr) continue;
-      require(!overlap(a.data, a.bytes, b.data, b.bytes), op, ": ", a.name, " (", a.bytes,
-              " bytes at ", a.data, ") overlaps ", b.name, " (", b.bytes, " bytes at ", b.data,
-              "); they must be apart");
+      check_apart(op, a, b);
     }
+  }
+}
+/// The same where what is read may share bytes with what else is read.
+inline void check_apart(const char* op, std::initializer_list<NamedBytes> written,
+                        std::initializer_list<NamedBytes> read) {
+  check_apart(op, written);
+  for (const NamedBytes& out : written) {
+    for (const NamedBytes& in : read) check_apart(op, out, in);
   }
 }
 

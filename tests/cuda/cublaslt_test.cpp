@@ -42,7 +42,7 @@ double vendor_error(const GemmProblem& p) {
 /// Everything that can come after a sum of FP8 operands, with scales of the tensor or of blocks.
 std::vector<GemmProblem> problems(std::int64_t m, std::int64_t n, std::int64_t k) {
   std::vector<GemmProblem> list;
-  for (DType d : {DType::f32, DType::bf16, DType::f16, DType::e4m3}) {
+  for (DType d : {DType::f32, DType::bf16, DType::f16, DType::e4m3, DType::e5m2}) {
     for (bool blocks : {false, true}) {
       for (DType bias : {DType::bf16, DType::f32}) {
         for (int bits = 0; bits < 24; ++bits) {

@@ -28,6 +28,8 @@ const char* const kRunKeys[] = {"level",
                                 "fp8_recipe",
                                 "fp8_format",
                                 "amax_history_len",
+                                "amax_compute_algo",
+                                "margin",
                                 "val_loss",
                                 "losses",
                                 "state_bytes_per_parameter",
@@ -35,6 +37,7 @@ const char* const kRunKeys[] = {"level",
                                 "peak_bytes_per_rank",
                                 "wire_bytes_per_parameter_per_step",
                                 "fp8_gemms_per_step",
+                                "converted_gemms_per_step",
                                 "step_seconds",
                                 "skipped_steps"};
 
@@ -88,6 +91,7 @@ void check_run(const json& run, int ranks, const std::string& device) {
   CHECK(run.at("parameters") == 256 * 64 + 16 * 64 + 12 * 64 * 64 + 3 * 2 * 64);
   CHECK(run.at("skipped_steps") == 0);
   CHECK(run.at("fp8_gemms_per_step") == (level == "O0" ? 0 : 15));  // 5 products, 3 GEMMs each
+  if (device == "cpu") CHECK(run.at("converted_gemms_per_step") == 0);
   CHECK(run.at("step_seconds") > 0.0);
   CHECK(run.at("peak_bytes_per_rank") > run.at("parameters"));
 
@@ -155,13 +159,16 @@ TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
     std::string options;
     json recipe, format, length;
   };
-  const Recipe recipes[] = {{"", "tensorwise", "hybrid", nullptr},
-                            {"--fp8-format e4m3", "tensorwise", "e4m3", nullptr},
-                            {"--fp8-recipe delayed", "delayed", "hybrid", 1024},
-                            // Scales that never followed a step would make these two one run.
-                            {"--fp8-recipe delayed --amax-history-len 1", "delayed", "hybrid", 1},
-                            {"--fp8-recipe blockwise", "blockwise", "e4m3", nullptr},
-                            {"--fp8-recipe mxfp8", "mxfp8", "e4m3", nullptr}};
+  const Recipe recipes[] = {
+      {"", "tensorwise", "hybrid", nullptr},
+      {"--fp8-format e4m3", "tensorwise", "e4m3", nullptr},
+      {"--fp8-recipe delayed", "delayed", "hybrid", 1024},
+      // Scales that never followed a step would make these two one run.
+      {"--fp8-recipe delayed --fp8-amax-history-len 1", "delayed", "hybrid", 1},
+      // Less of a margin moves no code: all scales are powers of two.
+      {"--fp8-recipe delayed --fp8-margin 8", "delayed", "hybrid", 1024},
+      {"--fp8-recipe blockwise", "blockwise", "e4m3", nullptr},
+      {"--fp8-recipe mxfp8", "mxfp8", "e4m3", nullptr}};
   std::vector<json> losses;
   for (const Recipe& recipe : recipes) {
     INFO(recipe.options);
@@ -170,6 +177,8 @@ TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
     CHECK(run.at("fp8_recipe") == recipe.recipe);
     CHECK(run.at("fp8_format") == recipe.format);
     CHECK(run.at("amax_history_len") == recipe.length);
+    CHECK(run.at("amax_compute_algo").is_null() == recipe.length.is_null());
+    CHECK(run.at("margin").is_null() == recipe.length.is_null());
     for (const json& other : losses) {
       // Powers of two for scales: what is not small in its tensor has the same codes in every
       // recipe. The gradients of the first step differ.
@@ -182,6 +191,21 @@ TEST_CASE("every recipe learns and is a run of its own", "[train_gpt]") {
     };
     CHECK(std::abs(early(losses.back()) - early(losses.front())) < 0.05);
   }
+  const json most_recent =
+      train(arguments +
+            "--fp8-recipe delayed --fp8-amax-history-len 2 --fp8-amax-compute-algo "
+            "most_recent");
+  CHECK(most_recent.at("runs")[0].at("losses") == losses[3]);  // as a history of one has it
+  CHECK(most_recent.at("runs")[0].at("amax_compute_algo") == "most_recent");
+
+  // What does not run in FP8 after all is told apart.
+  REQUIRE(setenv("OCTET_GEMM", "dequant_bf16", 1) == 0);
+  Outcome outcome;
+  const json converted = train(arguments + "--fp8-recipe mxfp8", &outcome).at("runs")[0];
+  REQUIRE(unsetenv("OCTET_GEMM") == 0);
+  CHECK(converted.at("fp8_gemms_per_step") == 15);
+  CHECK(converted.at("converted_gemms_per_step") == 15);
+  CHECK(count_of(outcome.out, "| 15, 15 with conversion |") == 1);
   const json plain = train(kSmall + "--device cpu --levels O0 --ranks 1 --steps 1 --data '" +
                            folder.file("words") + "' --fp8-recipe delayed");
   CHECK(plain.at("runs")[0].at("fp8_recipe").is_null());
@@ -274,9 +298,13 @@ TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_g
       {"--levels o1", {"o1"}},
       {"--fp8-recipe nvfp4", {"nvfp4", "tensorwise", "delayed", "blockwise", "mxfp8"}},
       {"--fp8-format e5m2", {"e5m2", "hybrid", "e4m3"}},
-      {"--fp8-recipe delayed --amax-history-len 0", {"--amax-history-len 0", "1"}},
-      {"--amax-history-len 4", {"--amax-history-len 4", "--fp8-recipe delayed"}},
-      {"--fp8-recipe mxfp8 --amax-history-len 4", {"--amax-history-len 4", "delayed"}},
+      {"--fp8-recipe delayed --fp8-amax-history-len 0", {"--fp8-amax-history-len 0", "1"}},
+      {"--fp8-amax-history-len 4", {"--fp8-amax-history-len 4", "--fp8-recipe delayed"}},
+      {"--fp8-recipe mxfp8 --fp8-amax-history-len 4", {"--fp8-amax-history-len 4", "delayed"}},
+      {"--fp8-recipe delayed --fp8-amax-compute-algo min", {"min", "max or most_recent"}},
+      {"--fp8-amax-compute-algo max", {"--fp8-amax-compute-algo max", "--fp8-recipe delayed"}},
+      {"--fp8-recipe delayed --fp8-margin 65", {"--fp8-margin 65", "-64 to 64"}},
+      {"--fp8-margin 1", {"--fp8-margin 1", "--fp8-recipe delayed"}},
       {"--width 100 --heads 4", {"--width 100", "multiple of 16"}},
       {"--width 128 --heads 3", {"--width 128", "--heads 3"}},
       {"--width 32 --heads 2", {"--width 32", "at least 64"}},
@@ -319,7 +347,9 @@ TEST_CASE("--help names every option", "[train_gpt]") {
   const Outcome outcome = run_program(folder, "--help");
   CHECK(outcome.exit_code == 0);
   CHECK(outcome.err.empty());
-  CHECK(missing(outcome.out, {"--data", "--levels", "--ranks", "--steps", "--device", "--layers",
-                              "--width", "--heads", "--context", "--batch", "--lr", "--seed",
-                              "--log-every", "--json"}) == "");
+  CHECK(
+      missing(outcome.out, {"--data", "--levels", "--ranks", "--steps", "--device", "--layers",
+                            "--width", "--heads", "--context", "--batch", "--lr", "--seed",
+                            "--log-every", "--json", "--fp8-recipe", "--fp8-format", "--fp8-margin",
+                            "--fp8-amax-history-len", "--fp8-amax-compute-algo"}) == "");
 }

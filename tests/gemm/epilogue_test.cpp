@@ -263,6 +263,11 @@ TEST_CASE("apply_epilogue: wrong arguments are named") {
   CHECK(missing(with([](auto& x) { x.activation = Activation::gelu, x.aux = true; }),
                 {"aux is null"}) == "");
   CHECK(missing(with([](auto& x) { x.d = DType::e4m3; }), {"d_scale is null"}) == "");
+  CHECK(missing(message(p, {.d = d.data(), .d_scale = static_cast<float*>(d.data())}),
+                {"d_scale or d_amax is given", "not FP8"}) == "");
+  CHECK(missing(message(p, {.d = d.data(), .d_amax = static_cast<float*>(d.data())}),
+                {"d_scale or d_amax is given", "not FP8"}) == "");
+  CHECK(missing(with([](auto& x) { x.d = DType(5); }), {"d is 5", "e5m2"}) == "");
   CHECK(missing(with([](auto& x) { x.ldd = 2; }), {"ldd is 2", "3"}) == "");
   CHECK(missing(with([](auto& x) { x.activation = Activation::dgelu; }), {"aux is not set"}) == "");
 }

@@ -100,7 +100,7 @@ std::string table() {
   const std::string fastest = "kernel " + reference_gemm_kernels().front();
   const auto reference = make_reference_gemm("portable");
   for (const GemmProblem& p : problems()) line("reference", p, reference->query(p, {}));
-  for (int capability : {75, 80, 90, 100}) {
+  for (int capability : {75, 80, 89, 90, 100, 120}) {
     for (const GemmProblem& p : problems()) {
       line("cublaslt sm_" + std::to_string(capability), p,
            query_cublaslt(p, {DeviceType::cuda, capability}));

@@ -149,6 +149,14 @@ TEST_CASE_METHOD(Fixture, "registry: counts by the type of the operands") {
   CHECK(gemms.counts().fp8 == 3);
   CHECK(gemms.counts().bf16 == 2);
   CHECK(gemms.counts().f32 == 1);
+  CHECK(gemms.counts().with_conversion == 0);
+  gemms.force("dequant_bf16");
+  gemms.prepare({.m = 2, .n = 2, .k = 2});
+  run(DType::e4m3, DType::e4m3);
+  gemms.force({});
+  run(DType::e4m3, DType::e4m3);
+  CHECK(gemms.counts().fp8 == 5);
+  CHECK(gemms.counts().with_conversion == 1);
 }
 
 TEST_CASE_METHOD(Fixture, "registry: wrong arguments are named before anything runs") {
@@ -311,6 +319,15 @@ TEST_CASE("registry: problems that contradict themselves are refused by everybod
                 {"dgelu", "aux is not set"}) == "");
   CHECK(missing(message([](GemmProblem& p) { p.bias = true, p.bias_type = DType::e5m2; }),
                 {"bias_type is e5m2"}) == "");
+  // What is no value of an enumeration has no name that could be printed.
+  CHECK(missing(message([](GemmProblem& p) { p.a = DType(9); }), {"a is 9", "e5m2"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.aux_type = DType(5); }), {"aux_type is 5"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.b_scales = Granularity(5); }),
+                {"b_scales is 5", "row_block"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.accumulation = Accumulation(3); }),
+                {"accumulation is 3", "promoted, fast and exact"}) == "");
+  CHECK(missing(message([](GemmProblem& p) { p.activation = Activation(7); }),
+                {"activation is 7", "gelu"}) == "");
 }
 
 TEST_CASE_METHOD(Fixture, "registry: arguments that the problem does not have are refused") {

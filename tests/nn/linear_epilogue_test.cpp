@@ -313,6 +313,42 @@ TEST_CASE("a native GEMM with a step after it comes before one that converts") {
   CHECK(converting.empty());
 }
 
+TEST_CASE("the report of a Linear says what runs where, and what is done around it") {
+  const Context ctx = Context::cpu();
+  GemmRegistry gemms(ctx);
+  std::vector<GemmProblem> ran;
+  gemms.add(std::make_unique<Picky>(
+      [](const GemmProblem& p) { return p.m % 16 == 0 && !p.bias && !p.accumulate; },
+      GemmVerdict::native, &ran));
+  gemms.force("picky");
+  Linear linear(gemms, {.in_features = kIn,
+                        .out_features = kOut,
+                        .max_tokens = 48,
+                        .recipe = Fp8Recipe::mxfp8,
+                        .weight_dtype = f32,
+                        .bias = true});
+  const Tensor w(ctx, f32, {kOut, kIn}), bias(ctx, f32, {kOut});
+  const auto report = [&](std::int64_t tokens) {
+    const Tensor x(ctx, f32, {tokens, kIn}), y(ctx, f32, {tokens, kOut}),
+        dx(ctx, f32, {tokens, kIn}), dw(ctx, f32, {kOut, kIn});
+    return linear.report({.x = x, .weight = {w, nullptr}, .bias = bias, .y = y},
+                         {.dy = y, .weight = {w, nullptr}, .dx = dx, .dw = {dw, nullptr}});
+  };
+  const std::string full = report(48), part = report(37);
+  CHECK(missing(full, {"y: gemm m=48 n=80 k=48 a=e4m3/mx",
+                       "bias=bf16, by picky, what follows the "
+                       "sum as a step of its own\n",
+                       "dx: gemm m=48 n=48 k=80", "dw: gemm m=80 n=48 k=48",
+                       "reference: not asked, picky is forced"}) == "");
+  CHECK(full.find("rows of zeros") == std::string::npos);
+  CHECK(missing(part, {"y: gemm m=37", "by picky, with rows of zeros up to a multiple of 16, what",
+                       "dx: gemm m=37 n=48 k=80 a=e4m3/mx b=e4m3/mx d=f32, by picky, with rows of "
+                       "zeros up to a multiple of 16\n",
+                       "dw: gemm m=80"}) == "");
+  CHECK(report(0).empty());
+  CHECK(ran.empty());
+}
+
 TEST_CASE("what no backend runs is refused at set-up with the report of all that were asked") {
   GemmRegistry gemms(Context::cpu());
   std::vector<GemmProblem> ran;

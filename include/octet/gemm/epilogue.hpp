@@ -13,7 +13,8 @@ namespace octet {
 /// In FP32, in that order, every operation rounded, then rounded once to D and to aux. A NaN is
 /// always stored as the same NaN. Stream-ordered, no synchronisation. Deterministic, equal bits on
 /// CPU and CUDA.
-/// Throws octet::Error for fields that exclude each other and for null pointers.
+/// Throws octet::Error for fields that exclude each other, for null pointers, and for d_scale or
+/// d_amax where D is not FP8.
 void apply_epilogue(const Context& ctx, const GemmProblem& problem, const float* sums,
                     const GemmArgs& args);
 

@@ -173,6 +173,9 @@ struct GemmCounts {
   std::int64_t fp8 = 0;
   std::int64_t bf16 = 0;
   std::int64_t f32 = 0;
+  /// Of all these the ones whose backend said with_conversion: FP8 operands that were multiplied as
+  /// BF16, say.
+  std::int64_t with_conversion = 0;
 };
 
 /// The backends of one context. Not copied, not global: whoever makes it decides what is in it.
@@ -231,6 +234,7 @@ class GemmRegistry {
   struct Ready {
     GemmPlan plan;                  ///< empty where there is nothing to multiply
     std::int64_t* count = nullptr;  ///< of counts_, which it adds to
+    bool converts = false;          ///< and to with_conversion too
   };
   Ready& ready(const GemmProblem& problem);
   std::vector<Candidate> candidates(const GemmProblem& problem) const;

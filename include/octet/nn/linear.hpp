@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "octet/gemm/gemm.hpp"
@@ -115,6 +116,11 @@ class Linear {
   /// shape, and they run on the fastest from then on. Nothing of the arguments is read but shapes,
   /// dtypes and what is given at all. Allocates and synchronises.
   void prepare(const LinearForward& forward, const LinearBackward& backward);
+
+  /// What these two calls would run, for set-up: for every product the problem, the backend that
+  /// gets it, what is done around it, and the registry's report, which says why not the others. Of
+  /// the arguments the same counts as in prepare(). Nothing without tokens.
+  std::string report(const LinearForward& forward, const LinearBackward& backward);
 
   /// Throws octet::Error naming the argument before anything has changed. No output may overlap
   /// what is read or another output, here and in backward().
