@@ -29,7 +29,7 @@ void Linear::forward(const LinearForward& args) {
   if (args.y.numel() == 0) return;
   WorkspaceScope scope(impl.ctx);
   const LinearOperand x = impl.cast_x(args, scope);
-  LinearEpilogue epilogue;
+  LinearEpilogue epilogue{.accumulation = impl.config.forward_accumulation};
   if (impl.config.bias) {
     TensorView bias = args.bias;
     if (bias.dtype != DType::bf16) {

@@ -42,9 +42,14 @@ void check_linear_config(const LinearConfig& c) {
   require(c.weight_dtype == DType::e4m3 || contains(kWide, c.weight_dtype),
           "Linear: weight_dtype is ", name_of(c.weight_dtype), "; e4m3, ", names_of(kWide),
           " are allowed");
-  require(c.fp8 || (c.recipe == LinearConfig{}.recipe && !c.format && c.counters == nullptr),
-          "Linear: fp8 is false; recipe, format and counters are for FP8 GEMMs and must be left as "
-          "they are");
+  require(c.forward_accumulation <= Accumulation::fast, "Linear: forward_accumulation is ",
+          static_cast<int>(c.forward_accumulation), "; it must be promoted or fast");
+  const LinearConfig usual;
+  require(
+      c.fp8 || (c.recipe == usual.recipe && !c.format && c.counters == nullptr &&
+                c.forward_accumulation == usual.forward_accumulation),
+      "Linear: fp8 is false; recipe, format, forward_accumulation and counters are for FP8 GEMMs "
+      "and must be left as they are");
 }
 
 void Linear::Impl::check(const char* what, const TensorView& view, Shape shape,

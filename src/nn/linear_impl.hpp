@@ -18,12 +18,13 @@ struct LinearOperand {
   bool transposed = false;
 };
 
-/// What is done to the sums of a product before they are stored.
+/// How a product is summed, and what is done to the sums before they are stored.
 struct LinearEpilogue {
   const void* bias = nullptr;  ///< bf16
   Activation activation = Activation::none;
   void* aux = nullptr;  ///< bf16
   bool accumulate = false;
+  Accumulation accumulation = Accumulation::promoted;
 };
 
 /// linear_checks.cpp: throws octet::Error naming the field.

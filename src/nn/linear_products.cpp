@@ -39,6 +39,7 @@ GemmProblem Linear::Impl::problem_of(const LinearOperand& a, const LinearOperand
           .ldb = leading(b, b.transposed ? n : k),
           .a_scales = a.granularity,
           .b_scales = b.granularity,
+          .accumulation = epilogue.accumulation,
           .accumulate = epilogue.accumulate,
           .bias = epilogue.bias != nullptr,
           .activation = epilogue.activation,
@@ -113,7 +114,8 @@ std::vector<Linear::Impl::Product> Linear::Impl::products_of(const LinearForward
       forward.y.dtype,
       {.bias = config.bias ? given : nullptr,
        .activation = config.gelu ? Activation::gelu : Activation::none,
-       .aux = config.gelu && forward.save_for_backward ? given : nullptr});
+       .aux = config.gelu && forward.save_for_backward ? given : nullptr,
+       .accumulation = config.forward_accumulation});
   if (!backward.dx.empty()) {
     const bool dgelu = !backward.input_pre_activation.empty();
     add("dx", shape_of(dy_dtype(), {cut_rows(t), n}, x),

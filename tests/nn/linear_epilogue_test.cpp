@@ -349,6 +349,33 @@ TEST_CASE("the report of a Linear says what runs where, and what is done around 
   CHECK(ran.empty());
 }
 
+TEST_CASE("fast accumulation is for y alone, and reaches the backend") {
+  const Context ctx = Context::cpu();
+  GemmRegistry gemms(ctx);
+  std::vector<GemmProblem> ran;
+  gemms.add(
+      std::make_unique<Picky>([](const GemmProblem&) { return true; }, GemmVerdict::native, &ran));
+  Linear linear(gemms, {.in_features = kIn,
+                        .out_features = kOut,
+                        .max_tokens = 48,
+                        .forward_accumulation = Accumulation::fast,
+                        .weight_dtype = f32});
+  const Tensor w(ctx, f32, {kOut, kIn}), x(ctx, f32, {48, kIn}), y(ctx, f32, {48, kOut});
+  const Tensor dx(ctx, f32, {48, kIn}), dw(ctx, f32, {kOut, kIn});
+  for (const Tensor* t : {&w, &x, &y}) zero_bytes(ctx, t->view().data, t->bytes());
+  const LinearForward forward{.x = x, .weight = {w, nullptr}, .y = y};
+  const LinearBackward backward{.dy = y, .weight = {w, nullptr}, .dx = dx, .dw = {dw, nullptr}};
+  const std::string report = linear.report(forward, backward);
+  CHECK(missing(report, {"y: gemm m=48 n=80 k=48 a=e4m3 b=e4m3 d=f32 fast"}) == "");
+  CHECK(report.find("fast") == report.rfind("fast"));
+  linear.forward(forward);
+  linear.backward(backward);
+  REQUIRE(ran.size() == 3);
+  CHECK(ran[0].accumulation == Accumulation::fast);
+  CHECK(ran[1].accumulation == Accumulation::promoted);
+  CHECK(ran[2].accumulation == Accumulation::promoted);
+}
+
 TEST_CASE("what no backend runs is refused at set-up with the report of all that were asked") {
   GemmRegistry gemms(Context::cpu());
   std::vector<GemmProblem> ran;

@@ -334,10 +334,15 @@ TEST_CASE("what BF16 GEMMs do not take is refused") {
     });
   };
   CHECK(with_bf16([](LinearConfig&) {}) == "no error");
-  const std::initializer_list<std::string> words = {"fp8 is false", "recipe, format and counters"};
+  const std::initializer_list<std::string> words = {
+      "fp8 is false", "recipe, format, forward_accumulation and counters"};
   CHECK(missing(with_bf16([](LinearConfig& c) { c.recipe = Fp8Recipe::delayed; }), words) == "");
   CHECK(missing(with_bf16([](LinearConfig& c) { c.format = Fp8Format::hybrid; }), words) == "");
   CHECK(missing(with_bf16([&](LinearConfig& c) { c.counters = &counters; }), words) == "");
+  CHECK(missing(with_bf16([](LinearConfig& c) { c.forward_accumulation = Accumulation::fast; }),
+                words) == "");
+  CHECK(missing(error_with([](LinearConfig& c) { c.forward_accumulation = Accumulation::exact; }),
+                {"forward_accumulation is 2", "promoted or fast"}) == "");
 }
 
 }  // namespace octet::test

@@ -24,6 +24,9 @@ struct LinearConfig {
   Fp8Recipe recipe = Fp8Recipe::tensorwise;
   /// Default: default_format(recipe), so hybrid with a scale per tensor, else e4m3.
   std::optional<Fp8Format> format = {};
+  /// Of y; fast is what Transformer Engine takes there with a scale per tensor. The sums of
+  /// gradients are promoted, and so are all of products with scales of blocks.
+  Accumulation forward_accumulation = Accumulation::promoted;
   /// Of the weight that calls pass: e4m3 with a scale for the whole tensor (an Engine's compute
   /// weight), f32, bf16 or f16.
   /// e4m3 codes go into FP8 GEMMs as they are, for blockwise and mxfp8 with that scale for every
