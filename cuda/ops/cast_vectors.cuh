@@ -38,7 +38,7 @@ struct Cast {
   std::uint8_t *out, *transposed;  // either may be null
   std::int64_t rows, columns, pitch;
   unsigned tiles_across;  // in 32 bits, because every thread divides by it
-  TensorScale* scale;
+  TensorScale *scale, *scale_copy;
   std::uint32_t* nonfinite;
   CastCounters* counters;
   float* column_sums;
@@ -161,6 +161,19 @@ class Vectors {
   Vector8<In> vectors_[kVectors];
 };
 
+/// QuantizeArgs::scale_copy, by one thread of all.
+__device__ inline void copy_scale(const Cast& cast, float scale, float scale_inv) {
+  if (cast.scale_copy == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
+  *cast.scale_copy = {.scale_inv = scale_inv, .scale = scale};
+}
+
+/// The scale that is given.
+__device__ inline float given_scale(const Cast& cast) {
+  const float scale = cast.scale->scale;
+  copy_scale(cast, scale, cast.scale->scale_inv);
+  return scale;
+}
+
 /// The scale that follows from the measured amax. Every block works it out for itself; where amax
 /// is not finite nobody writes the old scale, so it can be read.
 __device__ inline float new_scale(const Cast& cast, DType dtype) {
@@ -177,6 +190,7 @@ __device__ inline float new_scale(const Cast& cast, DType dtype) {
       *cast.nonfinite = 1;
     }
   }
+  copy_scale(cast, next.scale, next.scale_inv);
   return next.scale;
 }
 
@@ -259,7 +273,7 @@ __device__ void cast_all(const Cast& cast, std::uint32_t& word, const PlaceOf& p
     // After a pass over the input from its end on, because that is in the cache.
     const unsigned tile = M == Mode::given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     vectors.load(cast, place_of(tile));
-    cast_tile(vectors, tile, M == Mode::given ? cast.scale->scale : new_scale(cast, V::kOut));
+    cast_tile(vectors, tile, M == Mode::given ? given_scale(cast) : new_scale(cast, V::kOut));
     return;
   }
   extern __shared__ uint4 memory[];

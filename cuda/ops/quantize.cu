@@ -192,6 +192,7 @@ Cast cast_of(const QuantizeArgs& args) {
                                       : (cast.rows + kBlockElements - 1) / kBlockElements;
   cast.tiles = static_cast<unsigned>(std::max<std::int64_t>(tiles, 1));
   cast.scale = args.out.scale;
+  cast.scale_copy = args.scale_copy;
   cast.nonfinite = args.nonfinite;
   cast.counters = args.counters;
   const bool whole_vectors = !in_tiles || cast.columns % 8 == 0;

@@ -107,6 +107,7 @@ void Linear::Impl::cut(const TensorView& in, const BlockScaledView& rows,
                  .nonfinite = config.nonfinite,
                  .scaling = options.scaling,
                  .counters = options.counters,
+                 .scale_copy = options.scale_copy,
                  .column_sums = options.column_sums});
 }
 
@@ -127,6 +128,7 @@ LinearOperand Linear::Impl::cast_x(const LinearForward& args, WorkspaceScope& sc
     options.scaling = x_has_scale ? Scaling::given : Scaling::current;
     if (args.record_amax) {
       options.scale = scale(kX);
+      options.scale_copy = own;
       x_has_scale = x_has_scale || args.x.numel() > 0;
     } else {
       copy_bytes(ctx, own, scale(kX), sizeof(TensorScale));
@@ -135,7 +137,6 @@ LinearOperand Linear::Impl::cast_x(const LinearForward& args, WorkspaceScope& sc
   const BlockScaledView rows = take_cut(scope, DType::e4m3, {cut_rows(count), k}, x_granularity());
   cut(args.x, rows, saves ? saved_cut(count) : BlockScaledView{.granularity = x_granularity()},
       options);
-  if (options.scale != own) copy_bytes(ctx, own, options.scale, sizeof(TensorScale));
   return operand_of(rows, own);
 }
 

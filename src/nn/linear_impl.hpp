@@ -92,6 +92,7 @@ struct Linear::Impl {
 
   struct CutOptions {
     TensorScale* scale = nullptr;  ///< of the whole tensor, by recipes that have one
+    TensorScale* scale_copy = nullptr;
     Scaling scaling = Scaling::current;
     CastCounters* counters = nullptr;
     TensorView column_sums = {};

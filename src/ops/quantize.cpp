@@ -45,7 +45,8 @@ void quantize(const Context& ctx, const QuantizeArgs& args) {
                            named("the output", out),
                            named("the transposed output", args.transposed),
                            named("column_sums", args.column_sums),
-                           {"the scale", args.out.scale, sizeof(TensorScale)}});
+                           {"the scale", args.out.scale, sizeof(TensorScale)},
+                           {"scale_copy", args.scale_copy, sizeof(TensorScale)}});
   backend_of(ctx).quantize(ctx, args);
 }
 

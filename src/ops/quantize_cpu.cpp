@@ -110,6 +110,9 @@ void quantize(const Context&, const QuantizeArgs& args) {
   } else if (magnitude_bits(amax) > magnitude_bits(scale.amax)) {
     scale.amax = amax;
   }
+  if (args.scale_copy != nullptr) {
+    *args.scale_copy = {.scale_inv = scale.scale_inv, .scale = scale.scale};
+  }
   if (args.nonfinite != nullptr && !is_finite_bits(magnitude_bits(amax))) *args.nonfinite = 1;
   if (!args.column_sums.empty()) sum_tiles(args.in, args.column_sums);
   for_dtype(args.in.dtype, [&]<class In>(In) {

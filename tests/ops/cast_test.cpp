@@ -186,6 +186,8 @@ TEST_CASE("outputs that overlap the input or one another are refused by name") {
                     a.out.scale = reinterpret_cast<TensorScale*>(apart + 112);
                   }),
                   {"the scale (16 bytes", "the output"}) == "");
+    CHECK(missing(error_with([](QuantizeArgs& a) { a.scale_copy = a.out.scale; }),
+                  {"scale_copy (16 bytes", "the scale"}) == "");
     CHECK(missing(error_with([&](QuantizeArgs& a) { a.scaling = static_cast<Scaling>(7); }),
                   {"scaling is 7", "given"}) == "");
     const TensorView codes = view(base, DType::e4m3, {16, 16});

@@ -53,6 +53,7 @@ inline CastResult run_cast(const Context& ctx, const CastCase& c,
   const Guarded transposed(ctx, offset + static_cast<std::size_t>(turned.numel()));
   const Guarded sums(ctx, static_cast<std::size_t>(summed.numel()) * sizeof(float));
   const Buffer scale = upload<TensorScale>(ctx, {c.scale});
+  const Buffer copy = upload<TensorScale>(ctx, {{3.0f, 5.0f, 7.0f}});
   const Buffer counters = upload<CastCounters>(ctx, {{1000, 2000}});
   const Buffer flag = upload<std::uint32_t>(ctx, {0});
   const auto shifted = [&](TensorView view) {
@@ -69,6 +70,7 @@ inline CastResult run_cast(const Context& ctx, const CastCase& c,
   if (c.counts) args.counters = counters.as<CastCounters>();
   args.nonfinite = flag.as<std::uint32_t>();
   args.scaling = c.scaling;
+  args.scale_copy = copy.as<TensorScale>();
   quantize(ctx, args);
   CastResult result;
   const auto written = [offset](const Guarded& guarded) {
@@ -83,6 +85,10 @@ inline CastResult run_cast(const Context& ctx, const CastCase& c,
   result.sums = sums.values<float>();
   CHECK(sums.intact());
   result.scale = download_one<TensorScale>(ctx, scale.data());
+  const auto copied = download_one<TensorScale>(ctx, copy.data());
+  CHECK(copied.scale == result.scale.scale);
+  CHECK(copied.scale_inv == result.scale.scale_inv);
+  CHECK((copied.amax == 0.0f && copied.padding == 0.0f));
   result.counters = download_one<CastCounters>(ctx, counters.data());
   result.flag = download_one<std::uint32_t>(ctx, flag.data());
   return result;

@@ -33,6 +33,9 @@ struct QuantizeArgs {
   Scaling scaling = Scaling::current;
   /// Optional, on the context's device.
   CastCounters* counters = nullptr;
+  /// Optional, on the context's device: becomes the scale that this cast took and its inverse, with
+  /// amax 0, for who decodes the result when others may have changed the scale.
+  TensorScale* scale_copy = nullptr;
   /// Optional sums of the columns of a matrix `in` [R, C], beside an output, for the gradient of a
   /// bias: f32 [R / 128 rounded up, C], each of 128 rows, which sum_columns() adds up. Of 128 rows
   /// lane l of 32 adds rows l, l + 32, ... one after the other, then a binary tree over the lanes,
