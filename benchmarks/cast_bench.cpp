@@ -2,11 +2,10 @@
 // Times of the casts to FP8 on CUDA device 0 against the rate of a copy: row-major, transposed and
 // both, with a scale that is given, with current scaling and with scales of blocks, from memory and
 // from the cache.
-#include <CLI/CLI.hpp>
 #include <cstdio>
-#include <iostream>
 #include <memory>
 
+#include "command_line.hpp"
 #include "cuda_report.hpp"
 #include "octet/ops/block_quantize.hpp"
 #include "octet/runtime/tensor.hpp"
@@ -286,17 +285,9 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   bench::Options options;
-  CLI::App app("Time of the casts to FP8 on CUDA device 0 against the rate of a copy.");
+  CLI::App app("Time of the casts to FP8 on CUDA device 0 against the rate of a copy.",
+               "cast_bench");
   app.add_option("--repeats", options.repeats, "Timed runs of each case (default: 21)");
   app.add_option("--json", options.json, "Write the results to this file");
-  try {
-    app.parse(argc, argv);
-    return bench::run(options);
-  } catch (const CLI::CallForHelp&) {
-    std::cout << app.help();
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "cast_bench: %s\n", error.what());
-    return 1;
-  }
+  return bench::parse_and_run(app, argc, argv, [&] { return bench::run(options); });
 }

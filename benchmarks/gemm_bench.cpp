@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // FP8 products of a Linear's three passes on CUDA device 0: the library's, timed in turn with bare
 // cuBLASLt after an exhaustive search and with torch._scaled_mm, which a child process runs.
-#include <CLI/CLI.hpp>
 #include <cmath>
-#include <iostream>
 #include <memory>
 
 #include "bare_cublaslt.hpp"
+#include "command_line.hpp"
 #include "cuda_report.hpp"
 #include "octet/gemm/gemm.hpp"
 #include "octet/ops/quantize.hpp"
@@ -269,19 +268,11 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   bench::Options options;
-  CLI::App app("FP8 products on CUDA device 0 against bare cuBLASLt and torch._scaled_mm.");
+  CLI::App app("FP8 products on CUDA device 0 against bare cuBLASLt and torch._scaled_mm.",
+               "gemm_bench");
   app.add_option("--rounds", options.rounds, "Timed batches of each case (default: 7)");
   app.add_option("--torch", options.torch, "torch_scaled_mm.py, for torch to take its turn");
   app.add_option("--case", options.wanted, "Only cases with this in their name");
   app.add_option("--json", options.json, "Write the results to this file");
-  try {
-    app.parse(argc, argv);
-    return bench::run(options);
-  } catch (const CLI::CallForHelp&) {
-    std::cout << app.help();
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "gemm_bench: %s\n", error.what());
-    return 1;
-  }
+  return bench::parse_and_run(app, argc, argv, [&] { return bench::run(options); });
 }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and backward of octet::Linear on CUDA device 0, casts included, against the same three
 // products in BF16 by bare cuBLASLt, and against the ceiling that follows from what its parts take.
-#include <CLI/CLI.hpp>
 #include <cmath>
 #include <functional>
-#include <iostream>
 
+#include "command_line.hpp"
 #include "cuda_report.hpp"
 #include "linear_model.hpp"
 
@@ -304,18 +303,10 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   bench::Options options;
-  CLI::App app("Forward and backward of Linear on CUDA device 0 against BF16 by bare cuBLASLt.");
+  CLI::App app("Forward and backward of Linear on CUDA device 0 against BF16 by bare cuBLASLt.",
+               "linear_bench");
   app.add_option("--rounds", options.rounds, "Timed batches of each contender (default: 7)");
   app.add_option("--case", options.wanted, "Only cases with this in their name");
   app.add_option("--json", options.json, "Write the results to this file");
-  try {
-    app.parse(argc, argv);
-    return bench::run(options);
-  } catch (const CLI::CallForHelp&) {
-    std::cout << app.help();
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "linear_bench: %s\n", error.what());
-    return 1;
-  }
+  return bench::parse_and_run(app, argc, argv, [&] { return bench::run(options); });
 }

@@ -3,13 +3,11 @@
 // with random weights does one step with random gradients. The bytes are those that the allocator
 // gave out and the communicator sent; beside them stands what the plan said. Ranks are threads and
 // share the GPUs where there are fewer.
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <fstream>
-#include <iostream>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -19,6 +17,7 @@
 #include <vector>
 
 #include "build_info.hpp"
+#include "command_line.hpp"
 #include "octet/octet.hpp"
 
 namespace {
@@ -317,20 +316,12 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   Options options;
-  CLI::App app("Bytes of model state, memory and traffic for several GPT sizes, levels and ranks.");
+  CLI::App app("Bytes of model state, memory and traffic for several GPT sizes, levels and ranks.",
+               "memory_bench");
   app.add_option("--device", options.device, "auto, cpu or cuda (default: auto)");
   app.add_option("--ranks", options.ranks, "Rank counts, separated by commas (default: 1,2,4)")
       ->delimiter(',');
   app.add_flag("--quick", options.quick, "Small sizes only: seconds");
   app.add_option("--json", options.json, "Write the results to this file");
-  try {
-    app.parse(argc, argv);
-    return run(options);
-  } catch (const CLI::CallForHelp&) {
-    std::cout << app.help();
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "memory_bench: %s\n", error.what());
-    return 1;
-  }
+  return bench::parse_and_run(app, argc, argv, [&] { return run(options); });
 }

@@ -5,18 +5,17 @@
 // with an event between each two, so the host's latency is not in the times.
 #include <cuda_runtime.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <fstream>
-#include <iostream>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "command_line.hpp"
 #include "cuda_report.hpp"
 #include "octet/octet.hpp"
 #include "optim_model.hpp"
@@ -220,7 +219,7 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   bench::Options options;
-  CLI::App app("Time of an AdamW step on CUDA device 0 against the rate of a copy.");
+  CLI::App app("Time of an AdamW step on CUDA device 0 against the rate of a copy.", "optim_bench");
   app.add_option("--scale", options.scale, "full or small (3 layers instead of 24; default: full)");
   app.add_option("--case", options.cases, "Only the case of this name; repeatable (default: all)")
       ->allow_extra_args(false);
@@ -228,14 +227,5 @@ int main(int argc, char** argv) {
   app.add_option("--json", options.json, "Write the results to this file");
   app.add_option("--torch", options.torch,
                  "File with what torch_adamw.py printed, for the ratio of the times");
-  try {
-    app.parse(argc, argv);
-    return bench::run(options);
-  } catch (const CLI::CallForHelp&) {
-    std::cout << app.help();
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "optim_bench: %s\n", error.what());
-    return 1;
-  }
+  return bench::parse_and_run(app, argc, argv, [&] { return bench::run(options); });
 }

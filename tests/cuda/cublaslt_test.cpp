@@ -15,10 +15,6 @@ using namespace octet::test;
 
 namespace {
 
-constexpr Granularity kGranularities[] = {Granularity::tensor, Granularity::row,
-                                          Granularity::row_block, Granularity::tile,
-                                          Granularity::mx};
-
 /// A registry that asks cuBLASLt alone.
 class Vendor {
  public:

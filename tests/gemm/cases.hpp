@@ -13,6 +13,10 @@
 
 namespace octet::test {
 
+inline constexpr Granularity kGranularities[] = {Granularity::tensor, Granularity::row,
+                                                 Granularity::row_block, Granularity::tile,
+                                                 Granularity::mx};
+
 /// Small whole numbers and scales of 2^-2 to 2^2: every sum is exact in FP32, in any order. Or
 /// bell-shaped values.
 enum class Values { whole, normal };

@@ -10,10 +10,6 @@ using namespace octet::test;
 
 namespace {
 
-constexpr Granularity kGranularities[] = {Granularity::tensor, Granularity::row,
-                                          Granularity::row_block, Granularity::tile,
-                                          Granularity::mx};
-
 struct Size {
   std::int64_t m, n, k;
 };
