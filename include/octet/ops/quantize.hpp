@@ -53,10 +53,14 @@ struct QuantizeArgs {
 /// the registers and the shared memory of the device (33 MB on an H100). Up to twice as much, only
 /// what does not fit is read twice; beyond that all of it. That one pass is a cooperative launch:
 /// it starts when all multiprocessors are free, so beside another stream's long kernels (a
-/// collective of NCCL's, say) it waits for their end. Stream-ordered, no synchronisation.
-/// Deterministic, equal bits on CPU and CUDA. Throws octet::Error for dtypes, shapes or devices
-/// that do not fit, and where outputs overlap the input or one another. Source: "FP8 Formats for
-/// Deep Learning" (arXiv 2209.05433); power-of-two scales as in MS-AMP.
+/// collective of NCCL's, say) it waits for their end.
+///
+/// Stream-ordered, no synchronisation. Deterministic, equal bits on CPU and CUDA.
+///
+/// Throws octet::Error for dtypes, shapes or devices that do not fit, and where outputs overlap the
+/// input or one another.
+///
+/// Source: "FP8 Formats for Deep Learning" (arXiv 2209.05433); power-of-two scales as in MS-AMP.
 void quantize(const Context& ctx, const QuantizeArgs& args);
 
 /// out = in * scale_inv, rounded to out's dtype (f32, bf16 or f16). `in` may be any dtype; a null
