@@ -19,6 +19,8 @@ const CudaPart& cuda_part() {
       .event_destroy = cuda::event_destroy,
       .event_record = cuda::event_record,
       .event_wait = cuda::event_wait,
+      .allocate_mapped = cuda::allocate_mapped,
+      .deallocate_mapped = cuda::deallocate_mapped,
       .quantize = cuda::quantize,
       .convert = cuda::convert,
       .transpose = cuda::transpose,
@@ -37,6 +39,7 @@ const CudaPart& cuda_part() {
       .mean_scales = cuda::mean_scales,
       .reduce_mean = cuda::reduce_mean,
       .max_amax = cuda::max_amax,
+      .window_mean = cuda::window_mean,
       .epilogue = cuda::epilogue,
       .operand_to_bf16 = cuda::operand_to_bf16,
   };

@@ -12,6 +12,7 @@
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"
+#include "octet/ops/window_mean.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace octet {
@@ -35,6 +36,9 @@ struct Backend {
   void (*event_destroy)(const Context&, void* event);
   void (*event_record)(const Context&, void* event);
   void (*event_wait)(const Context&, void* event);
+  /// Host memory that the device's kernels reach too, and where.
+  void* (*allocate_mapped)(const Context&, std::size_t bytes, void** on_device);
+  void (*deallocate_mapped)(const Context&, void* data);
   // ops
   void (*quantize)(const Context&, const QuantizeArgs&);
   void (*convert)(const Context&, const ScaledView& in, const TensorView& out);
@@ -58,6 +62,7 @@ struct Backend {
   void (*reduce_mean)(const Context&, const MeanArgs&);
   void (*max_amax)(const Context&, const TensorScale* gathered, int ranks, std::int64_t count,
                    TensorScale* out);
+  void (*window_mean)(const Context&, const WindowMeanArgs&);
   // gemm
   void (*epilogue)(const Context&, const GemmProblem&, const float* sums, const GemmArgs&);
   void (*operand_to_bf16)(const Context&, const GemmOperand&, void* out);

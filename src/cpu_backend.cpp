@@ -17,6 +17,8 @@ const Backend& cpu_backend() {
       .event_destroy = cpu::event_destroy,
       .event_record = cpu::event_record,
       .event_wait = cpu::event_wait,
+      .allocate_mapped = cpu::allocate_mapped,
+      .deallocate_mapped = cpu::deallocate_mapped,
       .quantize = cpu::quantize,
       .convert = cpu::convert,
       .transpose = cpu::transpose,
@@ -35,6 +37,7 @@ const Backend& cpu_backend() {
       .mean_scales = cpu::mean_scales,
       .reduce_mean = cpu::reduce_mean,
       .max_amax = cpu::max_amax,
+      .window_mean = cpu::window_mean,
       .epilogue = cpu::epilogue,
       .operand_to_bf16 = cpu::operand_to_bf16,
   };

@@ -8,6 +8,8 @@
 #include <cstring>
 
 #include "cuda/check.hpp"
+#include "cuda/comm/nccl_window.hpp"
+#include "octet/runtime/tensor.hpp"
 
 namespace octet {
 namespace {
@@ -86,6 +88,18 @@ class NcclRank final : public Communicator {
     if (bytes == 0) return;
     set_device(context());
     OCTET_NCCL_CHECK(ncclAllGather(send, recv, bytes, ncclUint8, comm_, context().stream()), comm_);
+  }
+
+  std::string window_refusal() const override {
+    return detail::cuda::nccl_window_refusal(comm_, size_);
+  }
+  std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
+    auto window = detail::cuda::make_nccl_window(context(), comm_, rank_, size_, bytes);
+    // Nobody may signal before all flags are zero.
+    const Buffer words(context(), static_cast<std::size_t>(size_) * sizeof(int));
+    do_all_gather(words.as<int>() + rank_, words.data(), sizeof(int));
+    context().synchronize();
+    return window;
   }
 
  private:

@@ -27,5 +27,6 @@ void mean_scales(const Context& ctx, const MeanArgs& args);
 void reduce_mean(const Context& ctx, const MeanArgs& args);
 void max_amax(const Context& ctx, const TensorScale* gathered, int ranks, std::int64_t count,
               TensorScale* out);
+void window_mean(const Context& ctx, const WindowMeanArgs& args);
 
 }  // namespace octet::detail::cuda

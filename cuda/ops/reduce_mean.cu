@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) mean_scales_kernel(MeanArgs args) {
   if (t >= args.tensor_count) return;
   const float bound = mean_bound(args, t);
   if (!is_finite_bits(magnitude_bits(bound))) atomicOr(args.nonfinite, 1u);
-  args.mean_scales[t] = mean_scale(args, bound);
+  args.mean_scales[t] = mean_scale(args.out_dtype, bound);
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -69,6 +69,19 @@ void event_wait(const Context& ctx, void* event) {
   OCTET_CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), static_cast<cudaEvent_t>(event), 0));
 }
 
+void* allocate_mapped(const Context& ctx, std::size_t bytes, void** on_device) {
+  set_device(ctx);
+  void* data = nullptr;
+  OCTET_CUDA_CHECK(cudaHostAlloc(&data, bytes, cudaHostAllocMapped | cudaHostAllocPortable));
+  OCTET_CUDA_CHECK(cudaHostGetDevicePointer(on_device, data, 0));
+  return data;
+}
+
+void deallocate_mapped(const Context& ctx, void* data) {
+  cudaSetDevice(ctx.device().index);
+  cudaFreeHost(data);
+}
+
 int device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;

@@ -9,6 +9,9 @@ namespace {
 // Every piece in a staging block starts where 16-byte loads can.
 constexpr std::size_t kStagingAlignment = 16;
 
+// A block of a kernel over windows gets at least so many packs of 16 bytes, where there are any.
+constexpr std::int64_t kPacksForBlock = 512;
+
 std::size_t aligned(std::size_t bytes) {
   return (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
 }
@@ -164,11 +167,23 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
   }
 }
 
+void check_in_window(const Window& window, const std::vector<ReduceTensor>& tensors,
+                     const TensorScale* scales) {
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const TensorView& gradient = tensors[i].gradient;
+    const std::size_t bytes = static_cast<std::size_t>(gradient.numel()) * size_of(gradient.dtype);
+    require(bytes == 0 || window.contains(gradient.data, bytes), "MeanReducer: gradient ", i,
+            " does not lie in the window");
+  }
+  require(window.contains(scales, tensors.size() * sizeof(TensorScale)),
+          "MeanReducer: the scales do not lie in the window");
+}
+
 }  // namespace
 
 MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
-                         TensorScale* scales, const Owners& owners)
-    : comm_(comm), path_(path), scales_(scales) {
+                         TensorScale* scales, const Owners& owners, const Window* window)
+    : comm_(comm), path_(path), window_(window), scales_(scales) {
   const Context& ctx = comm.context();
   const auto rank = static_cast<std::size_t>(comm.rank());
   check_gradients(tensors, ctx.device());
@@ -185,15 +200,76 @@ MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<Reduce
   args_.tensor_count = static_cast<std::int64_t>(tensors.size());
   // All ranks' scales, then, for two_shot on one rank, those of the means, which it does not adopt.
   const bool keeps_scales = comm.size() == 1 && path == Path::two_shot;
+  if (comm.size() == 1) window_ = nullptr;
   const std::size_t blocks = static_cast<std::size_t>(comm.size()) + (keeps_scales ? 1 : 0);
-  gathered_ = Buffer(ctx, blocks * tensors.size() * sizeof(TensorScale));
+  if (window_ == nullptr) gathered_ = Buffer(ctx, blocks * tensors.size() * sizeof(TensorScale));
   args_.scales = gathered_.as<TensorScale>();
   args_.mean_scales = keeps_scales ? gathered_.as<TensorScale>() + tensors.size() : scales;
   if (keeps_scales) return;
 
   const Owners runs = merged(owners);
-  plan_pieces(tensors, runs[rank]);
+  if (window_ != nullptr) {
+    plan_window(tensors, runs);
+  } else {
+    plan_pieces(tensors, runs[rank]);
+  }
   plan_parts(tensors, runs);
+}
+
+// Where this rank's pieces lie in every rank's window.
+void MeanReducer::plan_window(const std::vector<ReduceTensor>& tensors, const Owners& owners) {
+  check_in_window(*window_, tensors, scales_);
+  const auto packs_of = [&](const Piece& piece) {
+    return static_cast<std::int64_t>(aligned(bytes_of(piece, args_.dtype)) / kStagingAlignment);
+  };
+  std::vector<WindowPiece> pieces;
+  std::vector<std::int64_t> local(tensors.size(), 0);
+  std::int64_t packs = 0;
+  for (const Piece& piece : owners[static_cast<std::size_t>(args_.rank)]) {
+    const ReduceTensor& tensor = tensors[index(piece.tensor)];
+    WindowPiece entry;
+    entry.tensor = piece.tensor;
+    entry.count = piece.count;
+    entry.offset = window_->offset_of(address_of(tensor.gradient, piece.begin));
+    entry.begin = packs;
+    if (path_ == Path::sharded) {
+      entry.out = static_cast<float*>(address_of(tensor.shard, local[index(piece.tensor)]));
+    }
+    local[index(piece.tensor)] += piece.count;
+    packs += packs_of(piece);
+    pieces.push_back(entry);
+  }
+  std::int64_t longest = 0;  // over the ranks: all start as many blocks
+  for (const std::vector<Piece>& each : owners) {
+    std::int64_t sum = 0;
+    for (const Piece& piece : each) sum += packs_of(piece);
+    longest = std::max(longest, sum);
+  }
+  const Context& ctx = comm_.context();
+  pieces_ = upload_sync<WindowPiece>(ctx, std::span<const WindowPiece>(pieces));
+  gathered_ = Buffer(ctx, tensors.size() * sizeof(TensorScale));
+  WindowMeanArgs& w = window_args_;
+  w.peers = window_->peers();
+  w.peers.blocks = static_cast<int>(
+      std::clamp<std::int64_t>(longest / kPacksForBlock, 1, window_->peers().blocks));
+  w.pieces = pieces_.as<WindowPiece>();
+  w.piece_count = static_cast<std::int64_t>(pieces.size());
+  w.pack_count = packs;
+  w.dtype = args_.dtype;
+  w.out_dtype = args_.out_dtype;
+  w.scales_offset = window_->offset_of(scales_);
+  w.mean_scales = gathered_.as<TensorScale>();
+  w.tensor_count = args_.tensor_count;
+}
+
+void MeanReducer::run_window(std::uint32_t* nonfinite) {
+  WindowMeanArgs args = window_args_;
+  args.nonfinite = nonfinite;
+  window_mean(comm_.context(), args);
+  comm_.count_sent(Traffic::payload, payload_);
+  comm_.count_sent(Traffic::metadata, static_cast<std::uint64_t>(args_.ranks - 1) *
+                                          static_cast<std::uint64_t>(args_.tensor_count) *
+                                          sizeof(TensorScale));
 }
 
 // Where this rank's pieces lie: its own contribution, the peers' in staging, and the mean.
@@ -247,6 +323,7 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
 void MeanReducer::run(std::uint32_t* nonfinite) {
   require(nonfinite != nullptr, "MeanReducer::run: nonfinite is null; it must be a device word");
   if (args_.tensor_count == 0) return;
+  if (window_ != nullptr) return run_window(nonfinite);
   const Context& ctx = comm_.context();
   MeanArgs args = args_;
   args.nonfinite = nonfinite;

@@ -33,6 +33,12 @@ class SingleRank final : public Communicator {
   void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
     if (send != recv) copy_bytes(context(), recv, send, bytes);
   }
+  std::string window_refusal() const override { return {}; }
+  std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
+    const auto memory = std::make_shared<Buffer>(context(), peer_flag_bytes(1) + bytes);
+    return std::make_unique<Window>(context(), 0, std::vector<void*>{memory->data()}, bytes, 1,
+                                    std::chrono::milliseconds(0), memory);
+  }
 };
 
 }  // namespace
@@ -42,15 +48,34 @@ void Communicator::exchange(std::span<const SendPart> sends, std::span<const Rec
   check_parts(sends, *this, "send");
   check_parts(recvs, *this, "receive");
   do_exchange(sends, recvs);
-  std::uint64_t& count = traffic == Traffic::payload ? wire_.payload : wire_.metadata;
-  for (const SendPart& part : sends) count += part.bytes;
+  for (const SendPart& part : sends) count_sent(traffic, part.bytes);
 }
 
 void Communicator::all_gather(const void* send, void* recv, std::size_t bytes) {
   require(bytes == 0 || (send != nullptr && recv != nullptr), "all_gather on rank ", rank(), " of ",
           bytes, " bytes has a null pointer");
   do_all_gather(send, recv, bytes);
-  wire_.metadata += bytes * static_cast<std::uint64_t>(size() - 1);
+  count_sent(Traffic::metadata, bytes * static_cast<std::uint64_t>(size() - 1));
+}
+
+void Communicator::count_sent(Traffic traffic, std::uint64_t bytes) {
+  (traffic == Traffic::payload ? wire_.payload : wire_.metadata) += bytes;
+}
+
+WindowOffer Communicator::make_window(std::size_t bytes) {
+  std::string reason = size() > kMaxPeers ? "windows serve at most " + std::to_string(kMaxPeers) +
+                                                " ranks, here are " + std::to_string(size())
+                                          : window_refusal();
+  const std::vector<std::string> reasons = all_gather_text_sync(*this, reason);
+  for (std::size_t r = 0; r < reasons.size(); ++r) {
+    if (!reasons[r].empty()) return {nullptr, "rank " + std::to_string(r) + ": " + reasons[r]};
+  }
+  const std::vector<std::string> sizes = all_gather_text_sync(*this, std::to_string(bytes));
+  for (std::size_t r = 0; r < sizes.size(); ++r) {
+    require(sizes[r] == sizes[0], "make_window: rank 0 asks for ", sizes[0], " bytes, rank ", r,
+            " for ", sizes[r], "; all ranks must ask for the same");
+  }
+  return {do_make_window(bytes), {}};
 }
 
 std::unique_ptr<Communicator> make_single(const Context& ctx) {

@@ -4,6 +4,7 @@
 // CUDA the copies are only enqueued: a receiver's stream waits for the sender's data, the sender's
 // stream for the receivers' copies, and a third meeting keeps the events alive until all waits are
 // in place.
+#include <algorithm>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -36,6 +37,7 @@ struct Offer {
 struct Slot {
   Offer offer;
   bool joined = false;
+  int device_index = -1;
   bool left = false;
   bool arrived = false;
 };
@@ -262,7 +264,39 @@ class ThreadRank final : public Communicator {
     });
   }
 
+  std::string window_refusal() const override {
+    const std::lock_guard lock(state_->mutex);
+    const int own = context().device().index;
+    for (int r = 0; r < size(); ++r) {
+      const int other = state_->slot(r).device_index;
+      if (other == own || other < 0) continue;
+      return "ranks that are threads have windows within one device, but this one is on cuda:" +
+             std::to_string(own) + " and rank " + std::to_string(r) +
+             " on cuda:" + std::to_string(other);
+    }
+    return {};
+  }
+
+  // One address space: a pointer is good for all.
+  std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
+    const std::size_t flags = peer_flag_bytes(size());
+    const auto memory = std::make_shared<Buffer>(context(), flags + bytes);
+    zero_bytes(context(), memory->data(), flags);
+    void* const own = memory->data();
+    const Buffer mine = upload_sync<void*>(context(), std::span(&own, 1));
+    const Buffer all(context(), sizeof(own) * static_cast<std::size_t>(size()));
+    all_gather(mine.data(), all.data(), sizeof(own));
+    const auto begins =
+        octet::read_sync<void*>(context(), all.data(), static_cast<std::size_t>(size()));
+    return std::make_unique<Window>(context(), rank_, begins, bytes,
+                                    std::max(1, kBlocksOnDevice / size()), state_->deadline,
+                                    memory);
+  }
+
  private:
+  // Kernels of all ranks must fit on the device together.
+  static constexpr int kBlocksOnDevice = 128;
+
   template <class Copy>
   void collective(Offer& offer, Copy copy) {
     ready_.record();
@@ -339,6 +373,7 @@ std::unique_ptr<Communicator> ThreadGroup::join(int rank, const Context& ctx) {
           to_string(ctx.device()), "; all ranks must be on the same kind of device");
   auto comm = std::make_unique<ThreadRank>(state_, rank, ctx);
   state_->slot(rank).joined = true;
+  state_->slot(rank).device_index = ctx.device().index;
   state_->device = device;
   return comm;
 }

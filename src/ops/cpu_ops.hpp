@@ -27,6 +27,7 @@ void mean_scales(const Context& ctx, const MeanArgs& args);
 void reduce_mean(const Context& ctx, const MeanArgs& args);
 void max_amax(const Context& ctx, const TensorScale* gathered, int ranks, std::int64_t count,
               TensorScale* out);
+void window_mean(const Context& ctx, const WindowMeanArgs& args);
 
 // What casts share.
 

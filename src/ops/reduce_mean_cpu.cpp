@@ -46,7 +46,7 @@ void mean_scales(const Context&, const MeanArgs& args) {
   for (std::int64_t t = 0; t < args.tensor_count; ++t) {
     const float bound = mean_bound(args, t);
     if (!is_finite_bits(magnitude_bits(bound))) *args.nonfinite = 1;
-    args.mean_scales[t] = mean_scale(args, bound);
+    args.mean_scales[t] = mean_scale(args.out_dtype, bound);
   }
 }
 

@@ -30,4 +30,10 @@ void event_destroy(const Context&, void*) {}
 void event_record(const Context&, void*) {}
 void event_wait(const Context&, void*) {}
 
+void* allocate_mapped(const Context&, std::size_t bytes, void** on_device) {
+  *on_device = ::operator new(bytes);
+  return *on_device;
+}
+void deallocate_mapped(const Context&, void* data) { ::operator delete(data); }
+
 }  // namespace octet::detail::cpu

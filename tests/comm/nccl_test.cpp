@@ -19,6 +19,7 @@
 #include "support/errors.hpp"
 #include "support/mean_ranks.hpp"
 #include "support/random.hpp"
+#include "support/ranks.hpp"
 
 namespace octet::test {
 namespace {
@@ -58,6 +59,24 @@ std::string reductions_of(Communicator& comm) {
     for (Path path : {Path::sharded, Path::two_shot}) {
       if (path == Path::two_shot && comm.size() == 1) continue;
       const MeanResult result = reduce_on_rank(comm, bucket, path, 3);
+      std::string wrong = wrong_in(bucket, path, comm.rank(), result);
+      if (wrong.empty() && result.wire.payload != 3 * result.planned) wrong = "payload";
+      if (!wrong.empty()) return std::string(octet::name_of(dtype)) + ": " + wrong;
+    }
+  }
+  return {};
+}
+
+// The same in one kernel over windows, if the ranks can have them; says why not otherwise.
+std::string window_reductions_of(Communicator& comm) {
+  WindowOffer offer = comm.make_window(16);
+  if (offer.window == nullptr) return "no window: " + offer.refusal;
+  for (DType dtype : {DType::e4m3, DType::bf16, DType::f32}) {
+    const MeanCase bucket = nccl_case(dtype, comm.size());
+    for (Path path : {Path::sharded, Path::two_shot}) {
+      if (path == Path::two_shot && comm.size() == 1) continue;
+      BucketWindow window(comm, bucket, 0);
+      const MeanResult result = reduce_on_rank(comm, bucket, path, 3, &window);
       std::string wrong = wrong_in(bucket, path, comm.rank(), result);
       if (wrong.empty() && result.wire.payload != 3 * result.planned) wrong = "payload";
       if (!wrong.empty()) return std::string(octet::name_of(dtype)) + ": " + wrong;
@@ -196,9 +215,34 @@ TEST_CASE("one NCCL rank in this process") {
   CHECK(comm->name() == "nccl");
   CHECK(comm->size() == 1);
   CHECK(reductions_of(*comm) == "");
+  CHECK(window_reductions_of(*comm) == "");
   CHECK(gather_of(*comm) == "");
   CHECK(texts_of(*comm) == "");
   CHECK(comm->wire_bytes().payload == 0);
+}
+
+TEST_CASE("NCCL ranks with a GPU each, over send and receive and over windows") {
+  const int ranks = can_run() ? std::min(cuda_device_count(), 8) : 0;
+  if (ranks < 2) {
+    WARN("skipped: fewer than two CUDA devices");
+    return;
+  }
+  const NcclId id = make_nccl_id();
+  std::vector<std::string> wrong(static_cast<std::size_t>(ranks));
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      std::string& mine = wrong[static_cast<std::size_t>(rank)];
+      mine = error_of([&] {
+        const auto comm = create_nccl(id, rank, ranks, Context::cuda(rank, per_thread_stream()));
+        mine = reductions_of(*comm);
+        if (mine.empty()) mine = window_reductions_of(*comm);
+        require(mine.empty(), mine);
+      });
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::string& each : wrong) CHECK(each == "no error");
 }
 
 TEST_CASE("two NCCL ranks in two processes") {

@@ -63,9 +63,45 @@ std::vector<T> pieces_of(const std::vector<Piece>& pieces, std::size_t tensor,
   return part;
 }
 
-/// Runs the reduction of a bucket on this rank, `runs` times from the same input.
+/// A window with room for a bucket's gradients, guarded, and its scales. Every gradient begins
+/// `shift` bytes behind a multiple of 256. Throws where the ranks can have none.
+class BucketWindow {
+ public:
+  BucketWindow(Communicator& comm, const MeanCase& bucket, std::size_t shift) : shift_(shift) {
+    std::size_t bytes = padded(bucket.tensors() * sizeof(TensorScale));
+    for (const Contribution& c : bucket.gradients[0]) bytes += room_for(c.bytes.size());
+    WindowOffer offer = comm.make_window(bytes);
+    require(offer.window != nullptr, "no window: ", offer.refusal);
+    window_ = std::move(offer.window);
+    next_ =
+        static_cast<std::byte*>(window_->data()) + padded(bucket.tensors() * sizeof(TensorScale));
+  }
+  const Window* get() const { return window_.get(); }
+  TensorScale* scales() const { return static_cast<TensorScale*>(window_->data()); }
+  void* take(std::size_t bytes) {
+    void* at = next_ + shift_;
+    next_ += room_for(bytes);
+    return at;
+  }
+
+ private:
+  static std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+  std::size_t room_for(std::size_t bytes) const {
+    return padded(bytes + 2 * Guarded::kGuard + shift_);
+  }
+  std::unique_ptr<Window> window_;
+  std::size_t shift_;
+  std::byte* next_ = nullptr;
+};
+
+/// Waits until every rank is here: kernels of a rank that shares this one's GPU may wait for this
+/// rank's, while freeing memory waits for all kernels of the GPU.
+inline void meet(Communicator& comm) { all_gather_text_sync(comm, "here"); }
+
+/// Runs the reduction of a bucket on this rank, `runs` times from the same input; in a window where
+/// one is given.
 inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, MeanReducer::Path path,
-                                 int runs = 1) {
+                                 int runs = 1, BucketWindow* window = nullptr) {
   const Context& ctx = comm.context();
   const auto rank = static_cast<std::size_t>(comm.rank());
   const auto& own = bucket.gradients[rank];
@@ -76,7 +112,12 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
   shards.reserve(own.size());
   for (std::size_t t = 0; t < own.size(); ++t) {
     const std::int64_t owned = owned_by(bucket.owners[rank], t);
-    gradients.emplace_back(ctx, own[t].bytes.size());
+    const std::size_t bytes = own[t].bytes.size();
+    if (window != nullptr) {
+      gradients.emplace_back(ctx, bytes, window->take(bytes));
+    } else {
+      gradients.emplace_back(ctx, bytes);
+    }
     shards.emplace_back(ctx, static_cast<std::size_t>(owned) * sizeof(float));
     ReduceTensor tensor;
     tensor.gradient = gradients[t].view(bucket.dtype, {bucket.numel(t)});
@@ -84,13 +125,16 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
     tensors.push_back(tensor);
     own_scales.push_back(own[t].scale);
   }
-  const Buffer scales = upload(ctx, own_scales);
+  const Buffer own_memory = upload(ctx, own_scales);
+  TensorScale* scales = window != nullptr ? window->scales() : own_memory.as<TensorScale>();
   const Buffer flag = upload(ctx, std::vector<std::uint32_t>{0});
-  MeanReducer reducer(comm, path, tensors, scales.as<TensorScale>(), bucket.owners);
+  MeanReducer reducer(comm, path, tensors, scales, bucket.owners,
+                      window != nullptr ? window->get() : nullptr);
+  if (window != nullptr) meet(comm);
   const WireBytes before = comm.wire_bytes();
   for (int i = 0; i < runs; ++i) {
     for (std::size_t t = 0; t < own.size(); ++t) write(ctx, gradients[t].data(), own[t].bytes);
-    write(ctx, scales.data(), own_scales);
+    write(ctx, scales, own_scales);
     reducer.run(flag.as<std::uint32_t>());
   }
 
@@ -98,13 +142,14 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
   result.planned = reducer.payload_bytes();
   result.wire = {comm.wire_bytes().payload - before.payload,
                  comm.wire_bytes().metadata - before.metadata};
-  result.scales = download<TensorScale>(ctx, scales.data(), own.size());
+  result.scales = download<TensorScale>(ctx, scales, own.size());
   result.nonfinite = download_one<std::uint32_t>(ctx, flag.data());
   for (std::size_t t = 0; t < own.size(); ++t) {
     result.gradients.push_back(gradients[t].values<std::uint8_t>());
     result.shards.push_back(shards[t].values<float>());
     result.intact = result.intact && gradients[t].intact() && shards[t].intact();
   }
+  if (window != nullptr) meet(comm);
   return result;
 }
 

@@ -7,6 +7,7 @@
 #include "octet/comm/communicator.hpp"
 #include "octet/ops/reduce_mean.hpp"
 #include "octet/ops/segment.hpp"
+#include "octet/ops/window_mean.hpp"
 #include "octet/runtime/tensor.hpp"
 
 namespace octet {
@@ -36,8 +37,11 @@ class MeanReducer {
   /// `scales` are the tensors' scales, one after the other in device memory: on entry of run() this
   /// rank's own, afterwards the common ones of the means with amax = the bound A. They must stay
   /// where they are.
+  /// With a window, which holds gradients and scales at the same offsets on every rank, one kernel
+  /// reads and writes the memory of all ranks; without, the bytes travel by send and receive. The
+  /// bits are the same. The window must outlive the reducer.
   MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
-              TensorScale* scales, const Owners& owners);
+              TensorScale* scales, const Owners& owners, const Window* window = nullptr);
 
   /// Enqueues the collective on the communicator's stream. Raises *nonfinite (a device word) when
   /// any rank's amax is not finite. Deterministic: same bits for every transport, bucket size and
@@ -52,10 +56,14 @@ class MeanReducer {
  private:
   void plan_parts(const std::vector<ReduceTensor>& tensors, const Owners& owners);
   void plan_pieces(const std::vector<ReduceTensor>& tensors, const std::vector<Piece>& own);
+  void plan_window(const std::vector<ReduceTensor>& tensors, const Owners& owners);
+  void run_window(std::uint32_t* nonfinite);
 
   Communicator& comm_;
   Path path_;
+  const Window* window_ = nullptr;
   MeanArgs args_;
+  WindowMeanArgs window_args_;
   TensorScale* scales_;
   std::vector<SendPart> sends_, gather_sends_;
   std::vector<RecvPart> recvs_, gather_recvs_;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "octet/comm/window.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace octet {
@@ -31,6 +32,12 @@ enum class Traffic : std::uint8_t { payload, metadata };
 struct WireBytes {
   std::uint64_t payload = 0;
   std::uint64_t metadata = 0;
+};
+
+/// A window, or none and the reason.
+struct WindowOffer {
+  std::unique_ptr<Window> window = {};
+  std::string refusal = {};
 };
 
 /// The ranks of a data-parallel group, each bound to one Context. Collectives are enqueued on that
@@ -57,11 +64,23 @@ class Communicator {
   /// Every rank contributes `bytes` bytes; `recv` holds size() blocks in rank order. Metadata.
   void all_gather(const void* send, void* recv, std::size_t bytes);
 
+  /// Memory of `bytes` bytes on every rank that the kernels of all ranks can reach. All ranks call
+  /// it with the same number; all get a window, or all the same refusal, which names a rank and
+  /// why: no path between the devices, a library that is too old. Waits for the stream: for set-up.
+  /// The memory is counted as the context's. All ranks let go of a window together, and before the
+  /// communicator.
+  WindowOffer make_window(std::size_t bytes);
+
   WireBytes wire_bytes() const { return wire_; }
+  /// Counts bytes that a kernel moved through a window instead of exchange().
+  void count_sent(Traffic traffic, std::uint64_t bytes);
 
  protected:
   virtual void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) = 0;
   virtual void do_all_gather(const void* send, void* recv, std::size_t bytes) = 0;
+  /// Why this rank can have no window; empty if it can.
+  virtual std::string window_refusal() const = 0;
+  virtual std::unique_ptr<Window> do_make_window(std::size_t bytes) = 0;
 
  private:
   Context ctx_;

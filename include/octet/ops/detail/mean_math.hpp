@@ -33,26 +33,28 @@ OCTET_HD inline float mean_of(Sum sum, int ranks) {
   return magnitude_bits(mean) > 0x7F800000u ? bits_float(0x7FC00000u) : mean;
 }
 
-template <class Sum>
-OCTET_HD inline float mean_bound_in(const MeanArgs& args, std::int64_t tensor) {
-  Sum sum = static_cast<Sum>(stored_amax(args.scales[tensor], args.dtype));
-  for (int r = 1; r < args.ranks; ++r) {
-    const TensorScale& scale = args.scales[r * args.tensor_count + tensor];
-    sum += static_cast<Sum>(stored_amax(scale, args.dtype));
-  }
-  return mean_of(sum, args.ranks);
+template <class Sum, class ScaleOf>
+OCTET_HD inline float mean_bound_in(DType dtype, int ranks, const ScaleOf& scale_of) {
+  Sum sum = static_cast<Sum>(stored_amax(scale_of(0), dtype));
+  for (int r = 1; r < ranks; ++r) sum += static_cast<Sum>(stored_amax(scale_of(r), dtype));
+  return mean_of(sum, ranks);
 }
 
-/// A: bounds every element of the mean.
+/// A: bounds every element of the mean. scale_of(r) is the tensor's scale on rank r.
+template <class ScaleOf>
+OCTET_HD inline float mean_bound(DType dtype, int ranks, const ScaleOf& scale_of) {
+  return dtype == DType::f32 ? mean_bound_in<MeanSum<DType::f32>>(dtype, ranks, scale_of)
+                             : mean_bound_in<float>(dtype, ranks, scale_of);
+}
 OCTET_HD inline float mean_bound(const MeanArgs& args, std::int64_t tensor) {
-  return args.dtype == DType::f32 ? mean_bound_in<MeanSum<DType::f32>>(args, tensor)
-                                  : mean_bound_in<float>(args, tensor);
+  return mean_bound(args.dtype, args.ranks,
+                    [&](int r) { return args.scales[r * args.tensor_count + tensor]; });
 }
 
 /// The common scale that follows from A; 1 where the output needs none or A is not finite.
-OCTET_HD inline TensorScale mean_scale(const MeanArgs& args, float bound) {
+OCTET_HD inline TensorScale mean_scale(DType out_dtype, float bound) {
   TensorScale scale;
-  if (is_fp8(args.out_dtype)) return rescaled(scale, bound, args.out_dtype);
+  if (is_fp8(out_dtype)) return rescaled(scale, bound, out_dtype);
   scale.amax = bound;
   return scale;
 }

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reductions in one kernel over the memory of all ranks: the bits of send and receive, and no hang.
+// The ranks are threads; on CUDA they share one GPU, where kernels of all of them run together.
+#include <atomic>
+#include <limits>
+#include <thread>
+
+#include "support/catch.hpp"
+#include "support/errors.hpp"
+#include "support/mean_ranks.hpp"
+#include "support/random.hpp"
+#include "support/ranks.hpp"
+
+namespace octet::test {
+namespace {
+
+using Path = MeanReducer::Path;
+constexpr Path kPaths[] = {Path::sharded, Path::two_shot};
+constexpr DType kDTypes[] = {DType::e4m3, DType::bf16, DType::f32};
+
+std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
+const char* name_of(DeviceType device) { return device == DeviceType::cpu ? "cpu" : "cuda"; }
+const char* name_of(Path path) { return path == Path::sharded ? "sharded" : "two_shot"; }
+
+MeanCase random_case(DType dtype, int ranks, const std::vector<std::size_t>& counts) {
+  MeanCase bucket;
+  bucket.dtype = dtype;
+  for (int r = 0; r < ranks; ++r) {
+    std::vector<Contribution> own;
+    for (std::size_t t = 0; t < counts.size(); ++t) {
+      const auto seed = static_cast<std::uint32_t>(100 * r + static_cast<int>(t));
+      own.push_back(contribute(dtype, wide_values(counts[t], seed, -12 - r, 2 * r)));
+    }
+    bucket.gradients.push_back(own);
+  }
+  return bucket;
+}
+
+std::vector<MeanResult> reduce(const MeanCase& bucket, Path path, DeviceType device,
+                               std::size_t shift = 0, int runs = 1) {
+  std::vector<MeanResult> results(at(bucket.ranks()));
+  run_ranks(
+      bucket.ranks(),
+      [&](Communicator& comm) {
+        BucketWindow window(comm, bucket, shift);
+        results[at(comm.rank())] = reduce_on_rank(comm, bucket, path, runs, &window);
+      },
+      device);
+  return results;
+}
+
+void check_case(const MeanCase& bucket, DeviceType device, std::size_t shift = 0, int runs = 1) {
+  for (Path path : kPaths) {
+    const auto results = reduce(bucket, path, device, shift, runs);
+    for (int r = 0; r < bucket.ranks(); ++r) {
+      CAPTURE(octet::name_of(bucket.dtype), bucket.ranks(), name_of(path), r, shift,
+              name_of(device));
+      CHECK(wrong_in(bucket, path, r, results[at(r)]) == "");
+      CHECK(results[at(r)].wire.payload == at(runs) * results[at(r)].planned);
+    }
+  }
+}
+
+const std::vector<std::size_t> kOddSizes = {1, 2, 3, 0, 127, 129, 16384 + 1};
+
+}  // namespace
+
+TEST_CASE("over windows means are exact to the bit for every dtype, world size and cut") {
+  for (DeviceType device : rank_devices()) {
+    for (DType dtype : kDTypes) {
+      for (int n : {2, 3, 4, 5, 8}) {
+        MeanCase bucket = random_case(dtype, n, kOddSizes);
+        bucket.owners = deal(bucket, 37, [n](int k) { return (k * 7 + 1) % n; });
+        check_case(bucket, device);
+        bucket.owners = deal(bucket, 5008, [n](int k) { return k % n; });
+        check_case(bucket, device, 0, 3);
+        bucket.owners = deal(bucket, 128, [n](int) { return n - 1; });  // empty shards
+        check_case(bucket, device);
+        check_case(bucket, device, 4);
+      }
+    }
+  }
+}
+
+TEST_CASE("over windows large buckets of several blocks are exact") {
+  for (DeviceType device : rank_devices()) {
+    for (DType dtype : kDTypes) {
+      for (int n : {2, 3, 8}) {
+        MeanCase bucket = random_case(dtype, n, {300'007, 5, 1 << 19, 4096});
+        bucket.owners = deal(bucket, 16'384, [n](int k) { return k % n; });
+        check_case(bucket, device, 0, 2);
+      }
+    }
+  }
+}
+
+TEST_CASE("over windows 64 ranks are exact") {
+  for (DeviceType device : rank_devices()) {
+    MeanCase bucket = random_case(DType::e4m3, 64, {1, 4099, 128});
+    bucket.owners = deal(bucket, 64, [](int k) { return k % 64; });
+    check_case(bucket, device);
+  }
+}
+
+TEST_CASE("over windows a value that is not finite on one rank reaches every rank") {
+  const float inf = std::numeric_limits<float>::infinity();
+  for (DeviceType device : rank_devices()) {
+    for (float bad : {NAN, inf, -inf}) {
+      MeanCase bucket = random_case(DType::bf16, 3, {64, 64});
+      auto values = normal_values(64, 5);
+      values[17] = bad;
+      bucket.gradients[1][1] = contribute(DType::bf16, values);
+      bucket.gradients[1][1].scale.amax = bad;  // as measure_amax() has it
+      bucket.owners = deal(bucket, 32, [](int k) { return k % 3; });
+      for (Path path : kPaths) {
+        for (const MeanResult& result : reduce(bucket, path, device)) {
+          CAPTURE(bad, name_of(path), name_of(device));
+          CHECK(result.nonfinite == 1);
+          CHECK(!std::isfinite(result.scales[1].amax));
+          CHECK(std::isfinite(result.scales[0].amax));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a kernel whose peers do not come gives up at the deadline and says whom it missed") {
+  using namespace std::chrono_literals;
+  for (DeviceType device : rank_devices()) {
+    const MeanCase bucket = [] {
+      MeanCase b = random_case(DType::e4m3, 3, {4096});
+      b.owners = deal(b, 1024, [](int k) { return k % 3; });
+      return b;
+    }();
+    std::vector<std::string> failures(3);
+    std::vector<double> seconds(3);
+    std::atomic<int> given_up = 0;
+    run_ranks(
+        3,
+        [&](Communicator& comm) {
+          BucketWindow window(comm, bucket, 0);
+          meet(comm);
+          const auto begin = std::chrono::steady_clock::now();
+          if (comm.rank() != 1) {
+            const Context& ctx = comm.context();
+            const TensorView gradient{window.take(4096), DType::e4m3, {4096}, ctx.device()};
+            const Buffer flag = upload(ctx, std::vector<std::uint32_t>{0});
+            MeanReducer reducer(comm, Path::two_shot, {{gradient, {}}}, window.scales(),
+                                bucket.owners, window.get());
+            reducer.run(flag.as<std::uint32_t>());
+            ctx.synchronize();
+            failures[at(comm.rank())] = window.get()->failure();
+            ++given_up;
+          }
+          while (given_up < 2) std::this_thread::sleep_for(1ms);
+          seconds[at(comm.rank())] =
+              std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+          meet(comm);
+        },
+        device, 700ms);
+    CAPTURE(name_of(device));
+    CHECK(missing(failures[0], {"rank 1 of 3 did not come to a kernel of rank 0", "700 ms"}) == "");
+    CHECK(missing(failures[2], {"rank 1 of 3 did not come to a kernel of rank 2", "700 ms"}) == "");
+    CHECK(seconds[0] < 10);
+  }
+}
+
+TEST_CASE("gradients and scales outside of the window are refused") {
+  std::vector<std::string> errors;
+  run_ranks(2, [&](Communicator& comm) {
+    const Context& ctx = comm.context();
+    const Buffer outside(ctx, 4096);
+    WindowOffer offer = comm.make_window(4096);
+    auto* inside = static_cast<std::uint8_t*>(offer.window->data());
+    const auto make = [&](void* data, void* scales) {
+      MeanReducer(comm, Path::two_shot, {{{data, DType::e4m3, {512}, ctx.device()}, {}}},
+                  static_cast<TensorScale*>(scales), Owners{{{0, 0, 256}}, {{0, 256, 256}}},
+                  offer.window.get());
+    };
+    const auto result = [&](void* data, void* scales) {
+      return error_of([&] { make(data, scales); });
+    };
+    if (comm.rank() != 0) return meet(comm);
+    errors = {result(inside, inside + 1024), result(outside.data(), inside),
+              result(inside + 4096 - 256, inside), result(inside, outside.data())};
+    meet(comm);
+  });
+  CHECK(errors[0] == "no error");
+  CHECK(errors[1] == "MeanReducer: gradient 0 does not lie in the window");
+  CHECK(errors[2] == "MeanReducer: gradient 0 does not lie in the window");
+  CHECK(errors[3] == "MeanReducer: the scales do not lie in the window");
+}
+
+TEST_CASE("ranks that ask for windows of different sizes are told so") {
+  std::vector<std::string> errors(2);
+  run_ranks(2, [&](Communicator& comm) {
+    errors[at(comm.rank())] = error_of([&] { comm.make_window(comm.rank() == 0 ? 100 : 200); });
+  });
+  for (const std::string& error : errors) {
+    CHECK(error ==
+          "make_window: rank 0 asks for 100 bytes, rank 1 for 200; all ranks must ask for "
+          "the same");
+  }
+}
+
+}  // namespace octet::test
