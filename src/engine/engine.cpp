@@ -164,6 +164,7 @@ StepResult Engine::step(const StepOptions& options) {
           "Engine::step: lr is ", options.lr, "; it must be finite and not negative");
   require(options.max_norm >= 0.0f && std::isfinite(options.max_norm), "Engine::step: max_norm is ",
           options.max_norm, "; it must be finite and positive, or 0 for no clipping");
+  e.comm.check();  // nothing is changed after a collective has failed
   for (Impl::Param& p : e.params) {
     if (!std::exchange(p.has_gradient, false)) {
       zero_bytes(e.ctx, p.gradient.view().data, p.gradient.bytes());
