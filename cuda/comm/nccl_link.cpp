@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <memory>
+#include <system_error>
 #include <thread>
 
 #include "octet/core/error.hpp"
@@ -22,14 +24,18 @@ constexpr auto kPollInterval = std::chrono::microseconds(100);
 // abort flag, for a kernel of somebody else's when memory is freed, or for a captured graph to be
 // destroyed.
 std::future<void> abort_apart(ncclComm_t comm, int device) {
-  std::packaged_task<void()> task([comm, device] {
+  const auto task = std::make_shared<std::packaged_task<void()>>([comm, device] {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);  // another thread's capture stays valid
     cudaSetDevice(device);
     ncclCommAbort(comm);
   });
-  std::future<void> done = task.get_future();
-  std::thread(std::move(task)).detach();
+  std::future<void> done = task->get_future();
+  try {
+    std::thread([task] { (*task)(); }).detach();
+  } catch (const std::system_error&) {
+    (*task)();  // no thread to be had
+  }
   return done;
 }
 

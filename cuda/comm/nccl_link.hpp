@@ -28,21 +28,28 @@ class NcclLink {
   NcclLink(const NcclLink&) = delete;
   NcclLink& operator=(const NcclLink&) = delete;
 
-  /// Makes sends and receives in a group: calls(comm) returns the first status that is not
-  /// ncclSuccess. The result may be ncclInProgress: then status() tells the end.
-  template <class Calls>
-  ncclResult_t group(Calls calls) {
+  /// Makes a call, call(comm), under the lock. The result may be ncclInProgress: then status()
+  /// tells the end.
+  template <class Call>
+  ncclResult_t call(Call call) {
     const std::lock_guard lock(mutex_);
     ncclComm_t comm = comm_;
     if (comm == nullptr) return ncclInvalidUsage;
-    ncclResult_t result = ncclGroupStart();
-    if (result != ncclSuccess) return result;
-    result = calls(comm);
-    // Closed in any case: the nesting depth belongs to the thread, not to the communicator.
-    const ncclResult_t end = ncclGroupEnd();
-    if (result == ncclSuccess || result == ncclInProgress) result = end;
+    const ncclResult_t result = call(comm);
     if (result != ncclSuccess && result != ncclInProgress) keep_text(result, comm);
     return result;
+  }
+  /// The same with sends and receives in a group; calls(comm) returns its first failure.
+  template <class Calls>
+  ncclResult_t group(Calls calls) {
+    return call([&](ncclComm_t comm) {
+      ncclResult_t result = ncclGroupStart();
+      if (result != ncclSuccess) return result;
+      result = calls(comm);
+      // Closed in any case: the nesting depth belongs to the thread, not to the communicator.
+      const ncclResult_t end = ncclGroupEnd();
+      return result == ncclSuccess || result == ncclInProgress ? end : result;
+    });
   }
 
   /// The asynchronous state; ncclInvalidUsage once aborted.

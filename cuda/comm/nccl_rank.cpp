@@ -46,7 +46,7 @@ NcclRank::NcclRank(std::unique_ptr<NcclLink> link, bool owned, int rank, int siz
 
 NcclRank::~NcclRank() {
   // The watchdog still looks: what hangs comes to an end.
-  const bool idle = drain(aborted() ? kLeavePatience : deadline() + kLeavePatience);
+  const bool idle = drain();
   watchdog_.reset();
   if (!idle) marks_.leak();
   // A rank that leaves by an exception cannot expect the others to come.
@@ -54,11 +54,17 @@ NcclRank::~NcclRank() {
   link_->close(std::min(deadline(), kClosePatience));
 }
 
-bool NcclRank::drain(milliseconds patience) noexcept {
+// Whether the stream has come to its end. After a failure it has less time for that.
+bool NcclRank::drain() noexcept {
   cudaSetDevice(context().device().index);
-  const auto until = Clock::now() + patience;
+  auto until = Clock::now() + deadline() + kLeavePatience;
+  bool failed = false;
   cudaError_t status = cudaStreamQuery(context().stream());
   for (int turn = 0; status == cudaErrorNotReady && Clock::now() < until; ++turn) {
+    if (!failed && aborted()) {
+      failed = true;
+      until = Clock::now() + kLeavePatience;
+    }
     pause(turn);
     status = cudaStreamQuery(context().stream());
   }
@@ -86,12 +92,11 @@ void NcclRank::set_host_call(bool active) {
   host_call_ = {active, current(), Clock::now()};
 }
 
-template <class Calls>
-void NcclRank::enqueue(Calls calls) {
-  set_device(context());
-  begin_mark();
+// Until NCCL has done it or the watchdog has given up.
+template <class Call>
+void NcclRank::finish(Call call) {
   set_host_call(true);
-  ncclResult_t status = link_->group(calls);
+  ncclResult_t status = call();
   // In progress: NCCL connects to peers and launches on a thread of its own.
   for (int turn = 0; status == ncclInProgress && !aborted(); ++turn) {
     pause(turn);
@@ -102,6 +107,19 @@ void NcclRank::enqueue(Calls calls) {
   if (status == ncclSuccess) return;
   give_up(current(), link_->failure_text());
   check();
+}
+
+template <class Calls>
+void NcclRank::enqueue(Calls calls) {
+  set_device(context());
+  begin_mark();
+  finish([&] { return link_->group(calls); });
+}
+
+void NcclRank::call(const char* op, const std::function<ncclResult_t(ncclComm_t)>& call) {
+  const CollectiveScope scope(*this, {op});
+  set_device(context());
+  finish([&] { return link_->call(call); });
 }
 
 void NcclRank::do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) {

@@ -3,6 +3,7 @@
 // neither its reductions nor its choice of algorithm can change a value.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
 
@@ -35,6 +36,9 @@ class NcclRank final : public Communicator {
   DeviceMarks marks() const { return marks_.device(); }
   /// Of the collective in progress.
   std::uint64_t tag() { return marks_.tag_of(current().name); }
+  /// Makes a call of NCCL's that is not one of the stream (one that registers memory, say), and
+  /// waits for its end: for set-up. Throws CommError if it fails or takes longer than the deadline.
+  void call(const char* op, const std::function<ncclResult_t(ncclComm_t)>& call);
 
  protected:
   void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) override;
@@ -54,11 +58,13 @@ class NcclRank final : public Communicator {
   void begin_mark();
   template <class Calls>
   void enqueue(Calls calls);
+  template <class Call>
+  void finish(Call call);
   void set_host_call(bool active);
   bool look();
   bool look_at_host(NcclLink::Clock::time_point now);
   void give_up(const Watched& collective, std::string reason, int waiting_for = -1);
-  bool drain(std::chrono::milliseconds patience) noexcept;
+  bool drain() noexcept;
 
   int rank_;
   int size_;

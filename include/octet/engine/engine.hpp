@@ -110,7 +110,8 @@ class Engine {
   void add_gradient(ParamId id, const TensorView& gradient);
 
   /// Reduce over the ranks, clip, update, gather. If any gradient on any rank is not finite nothing
-  /// changes on any rank but the count of skipped steps.
+  /// changes on any rank but the count of skipped steps. Throws CommError, before anything changes,
+  /// when an earlier collective failed (comm.synchronize() waits until that is known).
   StepResult step(const StepOptions& options);
 
   const Plan& plan() const;
