@@ -142,6 +142,7 @@ void Engine::add_gradient(ParamId id, const TensorView& gradient) {
   require(!p.has_gradient, "parameter \"", p.spec.name,
           "\" has a gradient already; one per parameter and step is allowed (sum the uses of a "
           "shared parameter first)");
+  e.comm.check();
   e.store_gradient(p, gradient);
   p.has_gradient = true;
 }

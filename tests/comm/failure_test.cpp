@@ -245,6 +245,7 @@ TEST_CASE("reducers and gathers are one collective each, under their names") {
 
 TEST_CASE("the engine's step names the bucket and changes nothing afterwards") {
   std::vector<std::string> errors(2);
+  std::string handed;
   std::int64_t steps = -1;
   run_ranks(2, [&](Communicator& comm) {
     const Context& ctx = comm.context();
@@ -258,6 +259,7 @@ TEST_CASE("the engine's step names the bucket and changes nothing afterwards") {
     for (std::string& error : errors) {
       error = error_of([&] { engine.step({.lr = 0.1f}); });
     }
+    handed = error_of([&] { engine.add_gradient(id, view); });
     std::vector<float> after(values.size());
     engine.weight_as(id, {after.data(), DType::f32, Shape{200}, ctx.device()});
     steps = after == values ? 0 : 1;
@@ -265,6 +267,7 @@ TEST_CASE("the engine's step names the bucket and changes nothing afterwards") {
   CHECK(missing(errors[0], {"of bucket 0 (collective", "on rank 0 of 2", "rank 1 of 2 left"}) ==
         "");
   CHECK(errors[1] == errors[0]);
+  CHECK(handed == errors[0]);
   CHECK(steps == 0);
 }
 
