@@ -81,14 +81,18 @@ ncclResult_t NcclLink::status() {
 ncclResult_t NcclLink::status_if_free() {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   ncclComm_t comm = comm_;
-  if (!lock.owns_lock() || comm == nullptr) return ncclSuccess;
+  if (!lock || comm == nullptr) return ncclSuccess;
   const ncclResult_t status = async_status(comm);
   if (status != ncclSuccess && status != ncclInProgress) keep_text(status, comm);
   return status;
 }
 
 void NcclLink::abort() {
-  std::unique_lock lock(mutex_, kLockPatience);
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  for (const auto until = Clock::now() + kLockPatience; !lock && Clock::now() < until;) {
+    std::this_thread::sleep_for(kPollInterval);
+    lock.try_lock();
+  }
   ncclComm_t comm = comm_.exchange(nullptr);
   if (comm == nullptr) return;
   aborted_ = true;

@@ -71,7 +71,7 @@ class NcclLink {
  private:
   void keep_text(ncclResult_t status, ncclComm_t comm);
 
-  std::timed_mutex mutex_;
+  std::mutex mutex_;
   std::atomic<ncclComm_t> comm_;
   bool owned_;
   int device_;

@@ -105,7 +105,7 @@ void NcclRank::finish(Call call) {
   set_host_call(false);
   check();
   if (status == ncclSuccess) return;
-  give_up(current(), link_->failure_text());
+  give_up_after(status, current());
   check();
 }
 
@@ -172,19 +172,31 @@ void NcclRank::do_synchronize() {
   const ncclResult_t result = link_->status();
   if (result == ncclSuccess || result == ncclInProgress || aborted()) return;
   const Marks::Reading reading = marks_.read();
-  give_up({reading.name, reading.begun}, link_->failure_text());
+  give_up_after(result, {reading.name, reading.begun});
 }
 
-// Also called by the watchdog.
-void NcclRank::give_up(const Watched& collective, std::string reason, int waiting_for) {
+// The functions that give up are also called by the watchdog.
+void NcclRank::give_up(const Watched& collective, const std::string& reason,
+                       std::vector<int> ranks) {
+  set_failure(error(collective, reason, std::move(ranks)));
+  marks_.raise_abort();
+  link_->abort();
+}
+
+void NcclRank::give_up_on_others(const Watched& collective, const std::string& reason,
+                                 int waiting_for) {
   std::vector<int> ranks;
   if (size_ == 2) ranks = {1 - rank_};
   if (waiting_for >= 0 && waiting_for < size_) ranks = {waiting_for};
-  reason += ranks.empty() ? "; one of the other ranks" : "; " + to_string_of_ranks(ranks);
-  reason += " is dead, late or asks for something else";
-  set_failure(error(collective, reason, ranks));
-  marks_.raise_abort();
-  link_->abort();
+  const std::string who = ranks.empty() ? "one of the other ranks" : to_string_of_ranks(ranks);
+  give_up(collective, reason + "; " + who + " is dead, late or asks for something else", ranks);
+}
+
+void NcclRank::give_up_after(ncclResult_t status, const Watched& collective) {
+  const bool own_fault = status == ncclInvalidArgument || status == ncclInvalidUsage ||
+                         status == ncclUnhandledCudaError;
+  if (own_fault) return give_up(collective, link_->failure_text(), {});
+  give_up_on_others(collective, link_->failure_text());
 }
 
 // True while there is something to look for.
@@ -195,17 +207,17 @@ bool NcclRank::look() {
   const Marks::Reading reading = marks_.read();
   const Watched last{reading.name, reading.begun};
   if (device_clock_.stalled(reading.begun, reading.ended, now)) {
-    give_up(last,
-            std::string(reading.captured ? "in a captured graph: " : "") + "no end within " +
-                in_ms(deadline()) + " on the device",
-            reading.waiting_for);
+    give_up_on_others(last,
+                      std::string(reading.captured ? "in a captured graph: " : "") +
+                          "no end within " + in_ms(deadline()) + " on the device",
+                      reading.waiting_for);
     return false;
   }
   // The communicator of somebody else is aborted only for a collective of ours.
   if (!owned_ && reading.begun == reading.ended) return true;
   const ncclResult_t status = link_->status_if_free();
   if (status == ncclSuccess || status == ncclInProgress) return true;
-  give_up(last, link_->failure_text());
+  give_up_after(status, last);
   return false;
 }
 
@@ -216,7 +228,7 @@ bool NcclRank::look_at_host(Clock::time_point now) {
     call = host_call_;
   }
   if (!call.active || now - call.since < deadline()) return false;
-  give_up(call.collective, "NCCL has not connected within " + in_ms(deadline()));
+  give_up_on_others(call.collective, "NCCL has not connected within " + in_ms(deadline()));
   return true;
 }
 

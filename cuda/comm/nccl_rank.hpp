@@ -63,7 +63,10 @@ class NcclRank final : public Communicator {
   void set_host_call(bool active);
   bool look();
   bool look_at_host(NcclLink::Clock::time_point now);
-  void give_up(const Watched& collective, std::string reason, int waiting_for = -1);
+  void give_up(const Watched& collective, const std::string& reason, std::vector<int> ranks);
+  void give_up_on_others(const Watched& collective, const std::string& reason,
+                         int waiting_for = -1);
+  void give_up_after(ncclResult_t status, const Watched& collective);
   bool drain() noexcept;
 
   int rank_;
