@@ -105,8 +105,8 @@ CommModel::Reduction& CommModel::add(Path path, const octet::Window* window) {
     r.tensors.push_back(tensor);
     at += shapes_[i].numel();
   }
-  r.reducer =
-      std::make_unique<octet::MeanReducer>(rank_.comm, path, r.tensors, r.scales, owners_, window);
+  r.reducer = std::make_unique<octet::MeanReducer>(rank_.comm, path, r.tensors, r.scales, owners_,
+                                                   -1, window);
   return r;
 }
 
@@ -132,7 +132,7 @@ void CommModel::add_send_receive() {
 void CommModel::add_window() {
   const std::size_t scale_bytes = (shapes_.size() * sizeof(TensorScale) + 255) / 256 * 256;
   octet::WindowOffer offer =
-      rank_.comm.make_window(scale_bytes + static_cast<std::size_t>(elements_));
+      rank_.comm.make_window(scale_bytes + 2 * static_cast<std::size_t>(elements_));
   no_windows_ = offer.refusal;
   if (offer.window == nullptr) return;
   window_ = std::move(offer.window);
@@ -154,9 +154,21 @@ void CommModel::add_window() {
                       reduce();
                     },
                     payload});
+  add_copy(static_cast<std::byte*>(window_->data()) + scale_bytes + elements_, payload);
   Reduction& s = add(Path::sharded, window_.get());
   cases_.push_back({"sharded means in one kernel", [&s, flag] { s.reducer->run(flag); },
                     s.reducer->payload_bytes()});
+}
+
+/// What the link can do: the copy engines send as many bytes to the next rank as two_shot does.
+void CommModel::add_copy(std::byte* spare, std::uint64_t payload) {
+  const auto ranks = static_cast<std::size_t>(rank_.comm.size());
+  const auto next = (static_cast<std::size_t>(rank_.comm.rank()) + 1) % ranks;
+  const auto begins = octet::read_sync<std::byte*>(rank_.ctx, window_->peers().windows, ranks);
+  std::byte* to = begins[next] + window_->offset_of(spare);
+  cases_.push_back({"copy engines, as many bytes as two_shot sends",
+                    [=, this] { octet::copy_bytes(rank_.ctx, to, wide_.data(), payload); },
+                    payload});
 }
 
 void CommModel::verify() const {

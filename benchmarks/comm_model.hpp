@@ -46,6 +46,7 @@ class CommModel {
   void add_rivals();
   void add_send_receive();
   void add_window();
+  void add_copy(std::byte* spare, std::uint64_t payload);
 
   CommRank rank_;
   std::int64_t elements_;

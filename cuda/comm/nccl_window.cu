@@ -3,8 +3,10 @@
 // once; the kernels that work on them know plain pointers.
 #include "cuda/comm/nccl_window.hpp"
 
-#include <nccl.h>
 #include <nccl_device.h>
+
+#include <algorithm>
+#include <exception>
 
 #include "backend.hpp"
 #include "cuda/check.hpp"
@@ -15,76 +17,96 @@ namespace {
 // One kernel at a time works on a window, on a device of its own.
 constexpr int kBlocks = 128;
 
-void check_nccl(ncclResult_t status, const char* statement, ncclComm_t comm) {
-  if (status == ncclSuccess) return;
-  throw CommError(std::string(statement) + " failed with " + ncclGetErrorString(status) + " (" +
-                  ncclGetLastError(comm) + ")");
-}
-
 __global__ void addresses_kernel(ncclWindow_t window, void** begins) {
   begins[threadIdx.x] = ncclGetLsaPointer(window, 0, static_cast<int>(threadIdx.x));
 }
 
 /// Memory of one rank and its registration.
-struct NcclMemory {
-  Context ctx;
-  ncclComm_t comm;
-  std::size_t bytes;
-  void* data = nullptr;
-  ncclWindow_t window = nullptr;
-
-  NcclMemory(const Context& context, ncclComm_t c, std::size_t size)
-      : ctx(context), comm(c), bytes(size) {
-    check_nccl(ncclMemAlloc(&data, bytes), "ncclMemAlloc", comm);
-    MemoryUse& use = ctx.state()->use;
+class NcclMemory {
+ public:
+  NcclMemory(NcclRank& rank, std::size_t bytes) : rank_(rank), bytes_(bytes) {
+    const ncclResult_t status = ncclMemAlloc(&data_, bytes);
+    require(status == ncclSuccess, "make_window: ", bytes,
+            " bytes: ", describe_nccl("ncclMemAlloc", status, nullptr));
+    MemoryUse& use = rank.context().state()->use;
     use.current += bytes;
     use.peak = std::max(use.peak, use.current);
   }
   ~NcclMemory() {
-    cudaSetDevice(ctx.device().index);
-    if (window != nullptr) ncclCommWindowDeregister(comm, window);
-    ncclMemFree(data);
-    ctx.state()->use.current -= bytes;
+    cudaSetDevice(rank_.context().device().index);
+    cudaStreamSynchronize(rank_.context().stream());
+    try {
+      if (window_ != nullptr && !rank_.aborted()) {
+        rank_.call("window",
+                   [this](ncclComm_t comm) { return ncclCommWindowDeregister(comm, window_); });
+      }
+    } catch (const std::exception&) {
+      // The communicator has failed and keeps the error.
+    }
+    ncclMemFree(data_);
+    rank_.context().state()->use.current -= bytes_;
   }
   NcclMemory(const NcclMemory&) = delete;
   NcclMemory& operator=(const NcclMemory&) = delete;
+
+  void* data() const { return data_; }
+  ncclWindow_t window() const { return window_; }
+  void make_window() {
+    rank_.call("window", [this](ncclComm_t comm) {
+      return ncclCommWindowRegister(comm, data_, bytes_, &window_, NCCL_WIN_COLL_SYMMETRIC);
+    });
+    require(window_ != nullptr, "make_window: NCCL registered no window for ", bytes_, " bytes");
+  }
+
+ private:
+  NcclRank& rank_;
+  std::size_t bytes_;
+  void* data_ = nullptr;
+  ncclWindow_t window_ = nullptr;
 };
 
 }  // namespace
 
-std::string nccl_window_refusal(ncclComm* comm, int size) {
+std::string nccl_window_refusal(NcclRank& rank) {
   int version = 0;
-  check_nccl(ncclGetVersion(&version), "ncclGetVersion", comm);
-  if (version < NCCL_VERSION_CODE) {
+  if (ncclGetVersion(&version) != ncclSuccess || version < NCCL_VERSION_CODE) {
     return "NCCL " + std::to_string(version) + " is older than the " +
            std::to_string(NCCL_VERSION_CODE) + " that octet was built with";
   }
-  const int reached = ncclTeamLsa(comm).nRanks;
-  if (reached == size) return {};
-  return "of " + std::to_string(size) + " ranks " + std::to_string(reached) +
+  int reached = 0;
+  rank.call("window", [&](ncclComm_t comm) {
+    reached = ncclTeamLsa(comm).nRanks;
+    return ncclSuccess;
+  });
+  if (reached == rank.size()) return {};
+  return "of " + std::to_string(rank.size()) + " ranks " + std::to_string(reached) +
          " reach one another's memory";
 }
 
-std::unique_ptr<Window> make_nccl_window(const Context& ctx, ncclComm* comm, int rank, int size,
-                                         std::size_t bytes) {
+std::unique_ptr<Window> make_nccl_window(NcclRank& rank, std::size_t bytes) {
+  const Context& ctx = rank.context();
   set_device(ctx);
-  const std::size_t flags = peer_flag_bytes(size);
-  const auto padded = [](std::size_t n) {
-    constexpr std::size_t kAlignment = NCCL_WIN_REQUIRED_ALIGNMENT;
-    return (n + kAlignment - 1) / kAlignment * kAlignment;
-  };
-  const auto memory = std::make_shared<NcclMemory>(ctx, comm, padded(flags + bytes));
-  OCTET_CUDA_CHECK(cudaMemsetAsync(memory->data, 0, flags, ctx.stream()));
-  check_nccl(ncclCommWindowRegister(comm, memory->data, memory->bytes, &memory->window,
-                                    NCCL_WIN_COLL_SYMMETRIC),
-             "ncclCommWindowRegister", comm);
-  const Buffer table(ctx, static_cast<std::size_t>(size) * sizeof(void*));
-  addresses_kernel<<<1, static_cast<unsigned>(size), 0, ctx.stream()>>>(memory->window,
+  const auto size = static_cast<std::size_t>(rank.size());
+  const std::size_t flags = peer_flag_bytes(rank.size());
+  constexpr std::size_t kAlignment = NCCL_WIN_REQUIRED_ALIGNMENT;
+  const auto memory = std::make_shared<NcclMemory>(
+      rank, (flags + bytes + kAlignment - 1) / kAlignment * kAlignment);
+  OCTET_CUDA_CHECK(cudaMemsetAsync(memory->data(), 0, flags, ctx.stream()));
+  memory->make_window();
+  const Buffer table(ctx, size * sizeof(void*));
+  addresses_kernel<<<1, static_cast<unsigned>(size), 0, ctx.stream()>>>(memory->window(),
                                                                         table.as<void*>());
   OCTET_CUDA_CHECK(cudaGetLastError());
-  const auto begins = read_sync<void*>(ctx, table.data(), static_cast<std::size_t>(size));
-  return std::make_unique<Window>(ctx, rank, begins, bytes, kBlocks, std::chrono::minutes(5),
-                                  memory);
+  const auto begins = read_sync<void*>(ctx, table.data(), size);
+  auto window =
+      std::make_unique<Window>(ctx, rank.rank(), begins, bytes, kBlocks, rank.deadline(), memory);
+  // Nobody may signal before all flags are zero.
+  const std::uint64_t here = 0;
+  const Buffer own = upload_sync<std::uint64_t>(ctx, std::span(&here, 1));
+  const Buffer all(ctx, size * sizeof(here));
+  rank.all_gather(own.data(), all.data(), sizeof(here));
+  rank.synchronize();
+  return window;
 }
 
 }  // namespace octet::detail::cuda

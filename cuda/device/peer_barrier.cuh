@@ -8,8 +8,9 @@
 
 namespace octet::detail::cuda {
 
-__device__ inline std::uint32_t* peer_flag(const PeerMemory& peers, int at, int from) {
-  return reinterpret_cast<std::uint32_t*>(peers.windows[at]) + blockIdx.x * peers.ranks + from;
+/// Where block `block` of rank `from` leaves its number on rank `at`.
+__device__ inline std::uint32_t* peer_flag(const PeerMemory& peers, int at, int block, int from) {
+  return reinterpret_cast<std::uint32_t*>(peers.windows[at]) + block * peers.ranks + from;
 }
 
 __device__ inline std::uint64_t global_time() {
@@ -29,21 +30,30 @@ __device__ inline void store_release(std::uint32_t* word, std::uint32_t value) {
 }
 
 /// False when the wait was given up.
-__device__ inline bool wait_for_peer(const PeerMemory& peers, int rank, std::uint32_t epoch) {
+__device__ inline bool wait_for_peer(const PeerMemory& peers, int block, int rank,
+                                     std::uint32_t epoch) {
   constexpr unsigned kLooksPerCheck = 256;  // host memory is slow to read
-  const std::uint32_t* flag = peer_flag(peers, peers.rank, rank);
+  constexpr unsigned kEagerLooks = 8, kPauseNs = 200;
+  const std::uint32_t* flag = peer_flag(peers, peers.rank, block, rank);
   std::uint64_t begin = 0;
   for (unsigned looks = 1; static_cast<std::int32_t>(load_acquire(flag) - epoch) < 0; ++looks) {
+    // Looks load the memory that others work with.
+    if (looks > kEagerLooks) __nanosleep(kPauseNs);
     if (looks % kLooksPerCheck != 0) continue;
     const std::uint64_t now = global_time();
     if (begin == 0) begin = now;
     volatile PeerStatus* status = peers.status;
     const bool late = now - begin > static_cast<std::uint64_t>(peers.deadline_ns);
     if (status->abort == 0 && !late) continue;
-    if (status->failed == 0) status->missing = static_cast<std::uint32_t>(rank);
-    status->abort = 1;
-    __threadfence_system();
-    status->failed = 1;
+    // The first of the grid to give up says why.
+    if (atomicExch(&peers.status->abort, 2u) != 2u) {
+      status->missing = static_cast<std::uint32_t>(rank);
+      status->tag.op = peers.tag.op;
+      status->tag.bucket = peers.tag.bucket;
+      status->tag.number = peers.tag.number;
+      __threadfence_system();
+      status->failed = 1;
+    }
     return false;
   }
   return true;
@@ -56,27 +66,22 @@ __device__ inline bool meet_peers(const PeerMemory& peers, std::uint32_t epoch) 
   __syncthreads();
   bool met = true;
   const int rank = static_cast<int>(threadIdx.x);
-  if (rank < peers.ranks && rank != peers.rank) {
-    store_release(peer_flag(peers, rank, peers.rank), epoch);
-    met = wait_for_peer(peers, rank, epoch);
+  if (rank < peers.ranks) {
+    store_release(peer_flag(peers, rank, blockIdx.x, peers.rank), epoch);
+    met = wait_for_peer(peers, blockIdx.x, rank, epoch);
   }
   return __syncthreads_and(met ? 1 : 0) != 0;
 }
 
-/// True in one block of a kernel, in all its threads: the last that calls it. What the other blocks
-/// wrote before is visible there.
-__device__ inline bool is_last_block(const PeerMemory& peers) {
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    std::uint32_t* done = peers.epochs + kMaxPeerBlocks;
-    __threadfence();
-    is_last = atomicAdd(done, 1u) == gridDim.x - 1;
-    if (is_last) *done = 0;
-    __threadfence();
+/// All threads of one block call it: waits until the first `blocks` blocks of every rank, this one
+/// included, have come to their second meeting of this kernel.
+__device__ inline bool wait_for_all_blocks(const PeerMemory& peers, int blocks) {
+  bool met = true;
+  for (int i = static_cast<int>(threadIdx.x); met && i < blocks * peers.ranks; i += blockDim.x) {
+    const int block = i / peers.ranks;
+    met = wait_for_peer(peers, block, i % peers.ranks, peers.epochs[block] + 2);
   }
-  __syncthreads();
-  return is_last;
+  return __syncthreads_and(met ? 1 : 0) != 0;
 }
 
 }  // namespace octet::detail::cuda

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "cuda/check.hpp"
-#include "cuda/device/pack.cuh"
+#include "cuda/device/mean_pack.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 #include "octet/ops/detail/mean_math.hpp"
 
@@ -32,32 +32,18 @@ __device__ void reduce_element(const MeanArgs& args, const MeanPiece& piece, std
 // The same for one 16-byte pack of contributions.
 template <class In, class Out>
 __device__ void reduce_pack(const MeanArgs& args, const MeanPiece& piece, std::int64_t p) {
-  using InPack = Pack16<typename In::Storage>;
-  using OutPack = Pack16<typename Out::Storage>;
-  constexpr int kOutPacks = InPack::kCount / OutPack::kCount;
-  MeanSum<In::kDType> sums[InPack::kCount];
+  using Mean = PackMean<In, Out>;
+  Mean mean;
+#pragma unroll 4
   for (int r = 0; r < args.ranks; ++r) {
     const auto* from = contribution_of<typename In::Storage>(args, piece, r);
-    const InPack codes = reinterpret_cast<const InPack*>(from)[p];
-    const float inv = scale_inv_of(args, piece, r);
-#pragma unroll
-    for (int i = 0; i < InPack::kCount; ++i) {
-      const auto term = mean_term<In::kDType>(codes.values[i], inv);
-      sums[i] = r == 0 ? term : sums[i] + term;
-    }
+    mean.add(r, reinterpret_cast<const uint4*>(from)[p], scale_inv_of(args, piece, r));
   }
-  const float scale = args.mean_scales[piece.tensor].scale;
-  auto* out = static_cast<OutPack*>(piece.out) + p * kOutPacks;
+  uint4 packs[Mean::kOutPacks];
+  mean.round(args.ranks, args.mean_scales[piece.tensor].scale, packs);
+  auto* out = static_cast<uint4*>(piece.out) + p * Mean::kOutPacks;
 #pragma unroll
-  for (int k = 0; k < kOutPacks; ++k) {
-    OutPack codes;
-#pragma unroll
-    for (int i = 0; i < OutPack::kCount; ++i) {
-      codes.values[i] =
-          mean_code<Out::kDType>(mean_of(sums[k * OutPack::kCount + i], args.ranks), scale);
-    }
-    out[k] = codes;
-  }
+  for (int k = 0; k < Mean::kOutPacks; ++k) out[k] = packs[k];
 }
 
 __device__ bool is_aligned(const MeanArgs& args, const MeanPiece& piece) {

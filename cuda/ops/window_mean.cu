@@ -25,20 +25,19 @@ __device__ TensorScale* scales_on(const WindowMeanArgs& args, int rank) {
   return reinterpret_cast<TensorScale*>(args.peers.windows[rank] + args.scales_offset);
 }
 
-/// What a block needs to know about the piece that it is at.
+/// What a block needs to know about the piece that it is at. Called by all threads: request() sends
+/// for it, arrive() waits, so that other loads can be sent for in between.
 struct PieceScales {
-  float inv[kMaxPeers];
   TensorScale on_rank[kMaxPeers];
   float mean_scale;
 
-  /// Called by all threads.
-  __device__ void load(const WindowMeanArgs& args, std::int32_t tensor) {
-    __syncthreads();
+  __device__ TensorScale request(const WindowMeanArgs& args, std::int32_t tensor) const {
     const int rank = static_cast<int>(threadIdx.x);
-    if (rank < args.peers.ranks) {
-      on_rank[rank] = scales_on(args, rank)[tensor];
-      inv[rank] = on_rank[rank].scale_inv;
-    }
+    return rank < args.peers.ranks ? scales_on(args, rank)[tensor] : TensorScale{};
+  }
+  __device__ void arrive(const WindowMeanArgs& args, const TensorScale& requested) {
+    __syncthreads();  // who still works with those of the piece before
+    if (static_cast<int>(threadIdx.x) < args.peers.ranks) on_rank[threadIdx.x] = requested;
     __syncthreads();
     if (threadIdx.x == 0) {
       const float bound = mean_bound(args.dtype, args.peers.ranks,
@@ -56,15 +55,17 @@ struct Run {
 };
 
 template <class In, class Out, int Ranks>
-__device__ void reduce_packs(const WindowMeanArgs& args, const Run& run,
-                             const PieceScales& scales) {
+struct PackReducer {
   using Mean = PackMean<In, Out>;
-  constexpr int kAtOnce = kPacksAtOnce<Ranks>;
-  const int ranks = Ranks != 0 ? Ranks : args.peers.ranks;
-  const auto packs_on = [&](int r) {
-    return reinterpret_cast<uint4*>(args.peers.windows[r] + run.piece.offset);
-  };
-  const auto finish = [&](const Mean& mean, std::int64_t i) {
+  const WindowMeanArgs& args;
+  const Run& run;
+  const PieceScales& scales;
+
+  __device__ uint4* packs_on(int rank) const {
+    return reinterpret_cast<uint4*>(args.peers.windows[rank] + run.piece.offset);
+  }
+  __device__ void store(const Mean& mean, std::int64_t i) const {
+    const int ranks = Ranks != 0 ? Ranks : args.peers.ranks;
     uint4 packs[Mean::kOutPacks];
     mean.round(ranks, scales.mean_scale, packs);
     if (run.piece.out != nullptr) {
@@ -73,37 +74,59 @@ __device__ void reduce_packs(const WindowMeanArgs& args, const Run& run,
         reinterpret_cast<uint4*>(run.piece.out)[i * Mean::kOutPacks + k] = packs[k];
       }
     } else {
+#pragma unroll
       for (int r = 0; r < ranks; ++r) packs_on(r)[i] = packs[0];
     }
+  }
+};
+
+/// For a number of ranks that is known: what all ranks have is in flight at once.
+template <class In, class Out, int Ranks>
+__device__ void reduce_packs(const WindowMeanArgs& args, const Run& run, PieceScales& scales) {
+  constexpr int kAtOnce = kPacksAtOnce<Ranks>;
+  const PackReducer<In, Out, Ranks> reducer{args, run, scales};
+  const uint4* from[Ranks];
+#pragma unroll
+  for (int r = 0; r < Ranks; ++r) from[r] = reducer.packs_on(r);
+  uint4 codes[kAtOnce][Ranks];
+  const auto load = [&](std::int64_t i) {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (i + u * kThreads >= run.end) continue;
+#pragma unroll
+      for (int r = 0; r < Ranks; ++r) codes[u][r] = from[r][i + u * kThreads];
+    }
   };
-  if constexpr (Ranks == 0) {
-    for (std::int64_t i = run.begin + threadIdx.x; i < run.end; i += kThreads) {
-      Mean mean;
+  const TensorScale requested = scales.request(args, run.piece.tensor);
+  std::int64_t i = run.begin + threadIdx.x;
+  load(i);
+  scales.arrive(args, requested);
+  while (i < run.end) {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (i + u * kThreads >= run.end) continue;
+      PackMean<In, Out> mean;
+#pragma unroll
+      for (int r = 0; r < Ranks; ++r) mean.add(r, codes[u][r], scales.on_rank[r].scale_inv);
+      reducer.store(mean, i + u * kThreads);
+    }
+    i += kThreads * kAtOnce;
+    load(i);
+  }
+}
+
+/// For any number.
+template <class In, class Out>
+__device__ void reduce_packs_of_any(const WindowMeanArgs& args, const Run& run,
+                                    const PieceScales& scales) {
+  const PackReducer<In, Out, 0> reducer{args, run, scales};
+  for (std::int64_t i = run.begin + threadIdx.x; i < run.end; i += kThreads) {
+    PackMean<In, Out> mean;
 #pragma unroll 4
-      for (int r = 0; r < ranks; ++r) mean.add(r, packs_on(r)[i], scales.inv[r]);
-      finish(mean, i);
+    for (int r = 0; r < args.peers.ranks; ++r) {
+      mean.add(r, reducer.packs_on(r)[i], scales.on_rank[r].scale_inv);
     }
-  } else {
-    const uint4* from[Ranks];
-#pragma unroll
-    for (int r = 0; r < Ranks; ++r) from[r] = packs_on(r);
-    for (std::int64_t i = run.begin + threadIdx.x; i < run.end; i += kThreads * kAtOnce) {
-      uint4 codes[kAtOnce][Ranks];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (i + u * kThreads >= run.end) continue;
-#pragma unroll
-        for (int r = 0; r < Ranks; ++r) codes[u][r] = from[r][i + u * kThreads];
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (i + u * kThreads >= run.end) continue;
-        Mean mean;
-#pragma unroll
-        for (int r = 0; r < Ranks; ++r) mean.add(r, codes[u][r], scales.inv[r]);
-        finish(mean, i + u * kThreads);
-      }
-    }
+    reducer.store(mean, i);
   }
 }
 
@@ -116,8 +139,9 @@ __device__ void reduce_elements(const WindowMeanArgs& args, const WindowPiece& p
     const auto code_on = [&](int r) {
       return reinterpret_cast<const typename In::Storage*>(args.peers.windows[r] + piece.offset)[i];
     };
-    auto sum = mean_term<In::kDType>(code_on(0), scales.inv[0]);
-    for (int r = 1; r < ranks; ++r) sum += mean_term<In::kDType>(code_on(r), scales.inv[r]);
+    auto sum = mean_term<In::kDType>(code_on(0), scales.on_rank[0].scale_inv);
+    for (int r = 1; r < ranks; ++r)
+      sum += mean_term<In::kDType>(code_on(r), scales.on_rank[r].scale_inv);
     const auto code = mean_code<Out::kDType>(mean_of(sum, ranks), scales.mean_scale);
     using Storage = typename Out::Storage;
     if (piece.out != nullptr) {
@@ -131,28 +155,43 @@ __device__ void reduce_elements(const WindowMeanArgs& args, const WindowPiece& p
 }
 
 template <class In, class Out, int Ranks>
-__device__ void reduce_run(const WindowMeanArgs& args, const Run& run, const PieceScales& scales) {
+__device__ void reduce_run(const WindowMeanArgs& args, const Run& run, PieceScales& scales) {
   constexpr std::int64_t kPack = Pack16<typename In::Storage>::kCount;
   const WindowPiece& piece = run.piece;
   const bool aligned =
-      piece.offset % 16 == 0 && reinterpret_cast<std::uintptr_t>(piece.out) % 16 == 0;
-  const std::int64_t whole = aligned ? min(run.end, piece.count / kPack) : run.begin;
-  if (whole > run.begin) {
+      (static_cast<std::uintptr_t>(piece.offset) | reinterpret_cast<std::uintptr_t>(piece.out)) %
+          16 ==
+      0;
+  const std::int64_t whole =
+      aligned ? max(run.begin, min(run.end, piece.count / kPack)) : run.begin;
+  if constexpr (Ranks != 0) {
     reduce_packs<In, Out, Ranks>(args, {piece, run.begin, whole}, scales);
+  } else {
+    scales.arrive(args, scales.request(args, piece.tensor));
+    reduce_packs_of_any<In, Out>(args, {piece, run.begin, whole}, scales);
   }
-  reduce_elements<In, Out>(args, piece, max(whole, run.begin) * kPack,
-                           min(run.end * kPack, piece.count), scales);
+  reduce_elements<In, Out>(args, piece, whole * kPack, min(run.end * kPack, piece.count), scales);
 }
 
-/// The scales of all tensors of the bucket, of which every rank needs a copy.
-__device__ void set_mean_scales(const WindowMeanArgs& args) {
-  const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
-  for (std::int64_t t = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; t < args.tensor_count;
-       t += stride) {
+/// One block's work beside the others: the scales of all tensors of the bucket, of which every rank
+/// needs a copy. They take the place of this rank's own once nobody reads those any more, which the
+/// other ranks' blocks of this kind and all workers say by their second meeting.
+__device__ void set_mean_scales(const WindowMeanArgs& args, std::uint32_t epoch) {
+  for (std::int64_t t = threadIdx.x; t < args.tensor_count; t += kThreads) {
     const float bound =
         mean_bound(args.dtype, args.peers.ranks, [&](int r) { return scales_on(args, r)[t]; });
-    if (!is_finite_bits(magnitude_bits(bound))) atomicOr(args.nonfinite, 1u);
+    if (!is_finite_bits(magnitude_bits(bound))) *args.nonfinite = 1;
     args.mean_scales[t] = mean_scale(args.out_dtype, bound);
+  }
+  if (!meet_peers(args.peers, epoch + 2)) return;
+  const int workers = static_cast<int>(gridDim.x) - 1;
+  if (!wait_for_all_blocks(args.peers, workers)) return;
+  TensorScale* own = scales_on(args, args.peers.rank);
+  for (std::int64_t t = threadIdx.x; t < args.tensor_count; t += kThreads) {
+    own[t] = args.mean_scales[t];
+  }
+  for (int b = static_cast<int>(threadIdx.x); b <= workers; b += kThreads) {
+    args.peers.epochs[b] += 2;
   }
 }
 
@@ -170,26 +209,30 @@ template <class In, class Out, int Ranks>
 __global__ void __launch_bounds__(kThreads, 2)
     window_mean_kernel(const __grid_constant__ WindowMeanArgs args) {
   __shared__ PieceScales scales;
+  allow_next_kernel();
+  const unsigned workers = gridDim.x - 1;
+  const bool is_worker = blockIdx.x < workers;
+  std::int64_t at = args.pack_count * blockIdx.x / workers;
+  const std::int64_t end = is_worker ? args.pack_count * (blockIdx.x + 1) / workers : at;
+  // The table of pieces is no kernel's work.
+  std::int64_t p = at < end ? piece_at(args, at) : 0;
+  WindowPiece piece = at < end ? args.pieces[p] : WindowPiece{};
+  wait_for_previous_kernel();
   const std::uint32_t epoch = args.peers.epochs[blockIdx.x];
   if (!meet_peers(args.peers, epoch + 1)) return;
-  set_mean_scales(args);
-  std::int64_t at = args.pack_count * blockIdx.x / gridDim.x;
-  const std::int64_t end = args.pack_count * (blockIdx.x + 1) / gridDim.x;
-  for (std::int64_t p = at < end ? piece_at(args, at) : args.piece_count; at < end; ++p) {
-    const WindowPiece piece = args.pieces[p];
-    const std::int64_t next = p + 1 < args.piece_count ? args.pieces[p + 1].begin : args.pack_count;
-    scales.load(args, piece.tensor);
-    reduce_run<In, Out, Ranks>(args, {piece, at - piece.begin, min(end, next) - piece.begin},
-                               scales);
-    at = min(end, next);
+  while (at < end) {
+    const bool is_last = p + 1 == args.piece_count;
+    const WindowPiece next = is_last ? WindowPiece{.begin = args.pack_count} : args.pieces[p + 1];
+    const std::int64_t stop = min(end, next.begin);
+    reduce_run<In, Out, Ranks>(args, {piece, at - piece.begin, stop - piece.begin}, scales);
+    at = stop;
+    piece = next;
+    ++p;
   }
-  if (!meet_peers(args.peers, epoch + 2)) return;
-  if (threadIdx.x == 0) args.peers.epochs[blockIdx.x] = epoch + 2;
-  // All blocks of all ranks are through: nobody reads this rank's scales any more.
-  if (!is_last_block(args.peers)) return;
-  TensorScale* own = scales_on(args, args.peers.rank);
-  for (std::int64_t t = threadIdx.x; t < args.tensor_count; t += kThreads) {
-    own[t] = args.mean_scales[t];
+  if (is_worker) {
+    meet_peers(args.peers, epoch + 2);
+  } else {
+    set_mean_scales(args, epoch);
   }
 }
 
@@ -207,11 +250,10 @@ auto kernel_for(int ranks) {
 
 void window_mean(const Context& ctx, const WindowMeanArgs& args) {
   set_device(ctx);
-  const auto blocks = static_cast<unsigned>(args.peers.blocks);
   for_mean_dtypes(args.dtype, args.out_dtype, [&]<class In, class Out>(In, Out) {
-    kernel_for<In, Out>(args.peers.ranks)<<<blocks, kThreads, 0, ctx.stream()>>>(args);
+    launch_dependent(ctx, kernel_for<In, Out>(args.peers.ranks), args.peers.blocks + 1, kThreads,
+                     args);
   });
-  OCTET_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace octet::detail::cuda

@@ -182,8 +182,13 @@ void check_in_window(const Window& window, const std::vector<ReduceTensor>& tens
 }  // namespace
 
 MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
-                         TensorScale* scales, const Owners& owners, const Window* window)
-    : comm_(comm), path_(path), window_(window), scales_(scales) {
+                         TensorScale* scales, const Owners& owners, int bucket,
+                         const Window* window)
+    : comm_(comm),
+      path_(path),
+      name_{path == Path::sharded ? "sharded" : "two_shot", bucket},
+      window_(window),
+      scales_(scales) {
   const Context& ctx = comm.context();
   const auto rank = static_cast<std::size_t>(comm.rank());
   check_gradients(tensors, ctx.device());
@@ -265,6 +270,7 @@ void MeanReducer::plan_window(const std::vector<ReduceTensor>& tensors, const Ow
 void MeanReducer::run_window(std::uint32_t* nonfinite) {
   WindowMeanArgs args = window_args_;
   args.nonfinite = nonfinite;
+  args.peers.tag = comm_.tag();
   window_mean(comm_.context(), args);
   comm_.count_sent(Traffic::payload, payload_);
   comm_.count_sent(Traffic::metadata, static_cast<std::uint64_t>(args_.ranks - 1) *
@@ -322,7 +328,9 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
 
 void MeanReducer::run(std::uint32_t* nonfinite) {
   require(nonfinite != nullptr, "MeanReducer::run: nonfinite is null; it must be a device word");
+  comm_.check();
   if (args_.tensor_count == 0) return;
+  const CollectiveScope scope(comm_, name_);
   if (window_ != nullptr) return run_window(nonfinite);
   const Context& ctx = comm_.context();
   MeanArgs args = args_;
@@ -355,7 +363,10 @@ PieceGather::PieceGather(Communicator& comm, const std::vector<TensorView>& tens
 }
 
 void PieceGather::run() {
-  if (comm_.size() > 1) comm_.exchange(sends_, recvs_, traffic_);
+  comm_.check();
+  if (comm_.size() == 1) return;
+  const CollectiveScope scope(comm_, {"all_gather"});
+  comm_.exchange(sends_, recvs_, traffic_);
 }
 
 }  // namespace octet

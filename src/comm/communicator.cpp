@@ -33,28 +33,140 @@ class SingleRank final : public Communicator {
   void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
     if (send != recv) copy_bytes(context(), recv, send, bytes);
   }
-  std::string window_refusal() const override { return {}; }
+  std::string window_refusal() override { return {}; }
   std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
     const auto memory = std::make_shared<Buffer>(context(), peer_flag_bytes(1) + bytes);
     return std::make_unique<Window>(context(), 0, std::vector<void*>{memory->data()}, bytes, 1,
-                                    std::chrono::milliseconds(0), memory);
+                                    deadline(), memory);
   }
 };
 
 }  // namespace
 
+std::string to_string(const CollectiveName& name) {
+  std::string text = name.op;
+  if (name.bucket >= 0) text += " of bucket " + std::to_string(name.bucket);
+  return text;
+}
+
+std::string to_string_of_ranks(std::span<const int> ranks) {
+  std::string text = ranks.size() == 1 ? "rank" : "ranks";
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    text += (i == 0 ? " " : ", ") + std::to_string(ranks[i]);
+  }
+  return text;
+}
+
+Communicator::Communicator(const Context& ctx, std::chrono::milliseconds deadline)
+    : ctx_(ctx), deadline_(deadline) {
+  require(deadline.count() > 0, "Communicator: deadline is ", deadline.count(),
+          " ms; it must be positive");
+}
+
+CommError Communicator::error(const Watched& collective, const std::string& reason,
+                              std::vector<int> ranks) const {
+  std::ostringstream text;
+  CommError::Where where;
+  where.rank = rank();
+  where.ranks = std::move(ranks);
+  if (collective.number > 0) {
+    where.op = collective.name.op;
+    where.bucket = collective.name.bucket;
+    where.collective = collective.number;
+    text << to_string(collective.name) << " (collective " << collective.number << ") on ";
+  }
+  text << "rank " << rank() << " of " << size() << ": " << reason;
+  return CommError(text.str(), std::move(where));
+}
+
+void Communicator::set_failure(const CommError& error) {
+  const std::lock_guard lock(failure_mutex_);
+  if (failure_.has_value()) return;
+  failure_.emplace(error);
+  failed_.store(true, std::memory_order_release);
+  for (const auto& each : windows_) {
+    if (const auto words = each.lock()) words->abort();
+  }
+}
+
+void Communicator::check_windows() {
+  std::optional<PeerStatus> status;
+  {
+    const std::lock_guard lock(failure_mutex_);
+    for (const auto& each : windows_) {
+      const auto words = each.lock();
+      if (words != nullptr && !status.has_value()) status = words->failure();
+    }
+  }
+  if (!status.has_value()) return;
+  const auto missing = static_cast<int>(status->missing);
+  throw error({{status->tag.op, status->tag.bucket}, status->tag.number},
+              "rank " + std::to_string(missing) + " did not come to the kernel within " +
+                  std::to_string(deadline_.count()) + " ms",
+              {missing});
+}
+
+void Communicator::check() {
+  if (aborted()) {
+    const std::lock_guard lock(failure_mutex_);
+    throw CommError(*failure_);
+  }
+  keep_failure([&] {
+    do_check();
+    check_windows();
+  });
+}
+
+void Communicator::synchronize() {
+  keep_failure([&] { do_synchronize(); });
+  check();
+}
+
+void Communicator::open(const CollectiveName& name) {
+  check();
+  if (open_scopes_ == 0) {
+    current_ = {name, ++collectives_};
+    try {
+      do_begin();
+    } catch (...) {
+      current_ = {};
+      throw;
+    }
+  }
+  ++open_scopes_;
+}
+
+void Communicator::close() noexcept {
+  if (--open_scopes_ > 0) return;
+  do_end();
+  current_ = {};
+}
+
+// What the transport throws once, it throws from then on.
+template <class Call>
+void Communicator::keep_failure(Call call) {
+  try {
+    call();
+  } catch (const CommError& error) {
+    set_failure(error);
+    throw;
+  }
+}
+
 void Communicator::exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs,
                             Traffic traffic) {
   check_parts(sends, *this, "send");
   check_parts(recvs, *this, "receive");
-  do_exchange(sends, recvs);
+  const CollectiveScope scope(*this, {"exchange"});
+  keep_failure([&] { do_exchange(sends, recvs); });
   for (const SendPart& part : sends) count_sent(traffic, part.bytes);
 }
 
 void Communicator::all_gather(const void* send, void* recv, std::size_t bytes) {
   require(bytes == 0 || (send != nullptr && recv != nullptr), "all_gather on rank ", rank(), " of ",
           bytes, " bytes has a null pointer");
-  do_all_gather(send, recv, bytes);
+  const CollectiveScope scope(*this, {"all_gather"});
+  keep_failure([&] { do_all_gather(send, recv, bytes); });
   count_sent(Traffic::metadata, bytes * static_cast<std::uint64_t>(size() - 1));
 }
 
@@ -75,7 +187,41 @@ WindowOffer Communicator::make_window(std::size_t bytes) {
     require(sizes[r] == sizes[0], "make_window: rank 0 asks for ", sizes[0], " bytes, rank ", r,
             " for ", sizes[r], "; all ranks must ask for the same");
   }
-  return {do_make_window(bytes), {}};
+  WindowOffer offer{do_make_window(bytes), {}};
+  const std::lock_guard lock(failure_mutex_);
+  std::erase_if(windows_, [](const auto& words) { return words.expired(); });
+  windows_.push_back(offer.window->words());
+  return offer;
+}
+
+std::string Communicator::window_refusal() {
+  return name() + " ranks do not reach one another's memory";
+}
+
+std::unique_ptr<Window> Communicator::do_make_window(std::size_t) { fail(window_refusal()); }
+
+void Communicator::broadcast(void* data, std::size_t bytes, int root, Traffic traffic) {
+  require(root >= 0 && root < size(), "broadcast on rank ", rank(), ": root is ", root,
+          "; allowed are 0 to ", size() - 1);
+  require(bytes == 0 || data != nullptr, "broadcast on rank ", rank(), " of ", bytes,
+          " bytes has a null pointer");
+  const CollectiveScope scope(*this, {"broadcast"});
+  keep_failure([&] { do_broadcast(data, bytes, root); });
+  if (rank() != root) return;
+  std::uint64_t& count = traffic == Traffic::payload ? wire_.payload : wire_.metadata;
+  count += bytes * static_cast<std::uint64_t>(size() - 1);
+}
+
+void Communicator::do_broadcast(void* data, std::size_t bytes, int root) {
+  if (rank() != root) {
+    const RecvPart recv{data, bytes, root};
+    return do_exchange({}, std::span(&recv, 1));
+  }
+  std::vector<SendPart> sends;
+  for (int peer = 0; peer < size(); ++peer) {
+    if (peer != root) sends.push_back({data, bytes, peer});
+  }
+  do_exchange(sends, {});
 }
 
 std::unique_ptr<Communicator> make_single(const Context& ctx) {

@@ -33,6 +33,8 @@ void window_mean(const Context& ctx, const WindowMeanArgs& args);
 
 /// Largest magnitude; NaN before infinity before all else.
 float amax_of(const TensorView& in);
+/// Raises what casts before have recorded, as an unsigned-integer maximum over bits.
+void raise_amax(float& recorded, float amax);
 /// What QuantizeArgs::column_sums defines.
 void sum_tiles(const TensorView& in, const TensorView& sums);
 

@@ -11,8 +11,8 @@ void window_mean(const Context& ctx, const WindowMeanArgs& args) {
           " ranks; allowed are 1 to ", kMaxPeers);
   require(peers.rank >= 0 && peers.rank < peers.ranks, "window_mean: rank is ", peers.rank,
           "; it must be within [0, ", peers.ranks, ")");
-  require(peers.blocks >= 1 && peers.blocks <= kMaxPeerBlocks, "window_mean: blocks is ",
-          peers.blocks, "; allowed are 1 to ", kMaxPeerBlocks);
+  require(peers.blocks >= 1 && peers.blocks < kMaxPeerBlocks, "window_mean: blocks is ",
+          peers.blocks, "; allowed are 1 to ", kMaxPeerBlocks - 1);
   require(peers.windows != nullptr && peers.epochs != nullptr && peers.status != nullptr,
           "window_mean: the peer memory has a null pointer; take it from Window::peers()");
   require(args.dtype == DType::e4m3 || args.dtype == DType::bf16 || args.dtype == DType::f32,

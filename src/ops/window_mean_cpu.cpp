@@ -25,7 +25,8 @@ bool wait_for(const PeerMemory& peers, int rank, std::uint32_t epoch) {
   while (static_cast<std::int32_t>(flag.load(std::memory_order_acquire) - epoch) < 0) {
     if (Word(peers.status->abort).load() != 0 ||
         std::chrono::steady_clock::now() - begin > patience) {
-      Word(peers.status->missing).store(static_cast<std::uint32_t>(rank));
+      peers.status->missing = static_cast<std::uint32_t>(rank);
+      peers.status->tag = peers.tag;
       Word(peers.status->abort).store(1);
       Word(peers.status->failed).store(1);
       return false;

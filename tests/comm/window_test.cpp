@@ -95,11 +95,10 @@ TEST_CASE("over windows large buckets of several blocks are exact") {
 }
 
 TEST_CASE("over windows 64 ranks are exact") {
-  for (DeviceType device : rank_devices()) {
-    MeanCase bucket = random_case(DType::e4m3, 64, {1, 4099, 128});
-    bucket.owners = deal(bucket, 64, [](int k) { return k % 64; });
-    check_case(bucket, device);
-  }
+  // On one GPU the kernels of so many ranks do not get a queue each.
+  MeanCase bucket = random_case(DType::e4m3, 64, {1, 4099, 128});
+  bucket.owners = deal(bucket, 64, [](int k) { return k % 64; });
+  check_case(bucket, DeviceType::cpu);
 }
 
 TEST_CASE("over windows a value that is not finite on one rank reaches every rank") {
@@ -146,21 +145,21 @@ TEST_CASE("a kernel whose peers do not come gives up at the deadline and says wh
             const TensorView gradient{window.take(4096), DType::e4m3, {4096}, ctx.device()};
             const Buffer flag = upload(ctx, std::vector<std::uint32_t>{0});
             MeanReducer reducer(comm, Path::two_shot, {{gradient, {}}}, window.scales(),
-                                bucket.owners, window.get());
+                                bucket.owners, 4, window.get());
             reducer.run(flag.as<std::uint32_t>());
-            ctx.synchronize();
-            failures[at(comm.rank())] = window.get()->failure();
+            failures[at(comm.rank())] = error_of([&] { comm.synchronize(); });
             ++given_up;
           }
           while (given_up < 2) std::this_thread::sleep_for(1ms);
           seconds[at(comm.rank())] =
               std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-          meet(comm);
         },
         device, 700ms);
     CAPTURE(name_of(device));
-    CHECK(missing(failures[0], {"rank 1 of 3 did not come to a kernel of rank 0", "700 ms"}) == "");
-    CHECK(missing(failures[2], {"rank 1 of 3 did not come to a kernel of rank 2", "700 ms"}) == "");
+    CHECK(missing(failures[0], {"two_shot of bucket 4", "on rank 0 of 3",
+                                "rank 1 did not come to the kernel within 700 ms"}) == "");
+    CHECK(missing(failures[2], {"two_shot of bucket 4", "on rank 2 of 3",
+                                "rank 1 did not come to the kernel within 700 ms"}) == "");
     CHECK(seconds[0] < 10);
   }
 }
@@ -174,7 +173,7 @@ TEST_CASE("gradients and scales outside of the window are refused") {
     auto* inside = static_cast<std::uint8_t*>(offer.window->data());
     const auto make = [&](void* data, void* scales) {
       MeanReducer(comm, Path::two_shot, {{{data, DType::e4m3, {512}, ctx.device()}, {}}},
-                  static_cast<TensorScale*>(scales), Owners{{{0, 0, 256}}, {{0, 256, 256}}},
+                  static_cast<TensorScale*>(scales), Owners{{{0, 0, 256}}, {{0, 256, 256}}}, -1,
                   offer.window.get());
     };
     const auto result = [&](void* data, void* scales) {

@@ -128,7 +128,7 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
   const Buffer own_memory = upload(ctx, own_scales);
   TensorScale* scales = window != nullptr ? window->scales() : own_memory.as<TensorScale>();
   const Buffer flag = upload(ctx, std::vector<std::uint32_t>{0});
-  MeanReducer reducer(comm, path, tensors, scales, bucket.owners,
+  MeanReducer reducer(comm, path, tensors, scales, bucket.owners, -1,
                       window != nullptr ? window->get() : nullptr);
   if (window != nullptr) meet(comm);
   const WireBytes before = comm.wire_bytes();

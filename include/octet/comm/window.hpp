@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,17 +12,36 @@
 
 namespace octet {
 
+/// The PeerStatus of a window, in host memory that kernels reach. Any thread may ask and abort.
+class PeerWords {
+ public:
+  explicit PeerWords(const Context& ctx);
+  ~PeerWords();
+  PeerWords(const PeerWords&) = delete;
+  PeerWords& operator=(const PeerWords&) = delete;
+
+  PeerStatus* on_device() const { return on_device_; }
+  /// What a kernel that gave up left behind, if one did.
+  std::optional<PeerStatus> failure() const;
+  /// Makes kernels that wait for other ranks leave, and those to come.
+  void abort();
+
+ private:
+  Context ctx_;
+  PeerStatus* status_ = nullptr;
+  PeerStatus* on_device_ = nullptr;
+};
+
 /// Device memory of which every rank has a piece of the same size, and which the kernels of all
 /// ranks load from and store to: over NVLink through NCCL's symmetric windows, within one device or
 /// one process directly. Made by Communicator::make_window() on all ranks together.
 class Window {
  public:
-  /// For communicators. `memory` holds peer_flag_bytes(), zeroed, and behind them the window's own
-  /// bytes; begins[r] is where rank r's is seen from this device. `owner` gives the memory back.
-  /// Waits for the stream.
+  /// For communicators. Memory begins with peer_flag_bytes(), zeroed, and behind them come the
+  /// window's own bytes; begins[r] is where rank r's is seen from this device. `owner` gives the
+  /// memory back. Waits for the stream.
   Window(const Context& ctx, int rank, const std::vector<void*>& begins, std::size_t bytes,
          int blocks, std::chrono::milliseconds deadline, std::shared_ptr<void> owner);
-  ~Window();
   Window(const Window&) = delete;
   Window& operator=(const Window&) = delete;
 
@@ -29,23 +49,19 @@ class Window {
   void* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
   bool contains(const void* data, std::size_t bytes) const;
-  /// Bytes from the window's beginning, flags included, as offsets in all ranks' memory count.
+  /// Bytes from the beginning of the memory, flags included: the same place in every rank's.
   std::int64_t offset_of(const void* data) const;
   /// For kernels.
   const PeerMemory& peers() const { return peers_; }
-  /// Empty, or why a kernel that worked on this window gave up: "rank 1 did not come within ...".
-  std::string failure() const;
-  /// Makes kernels that wait for other ranks leave, and those to come.
-  void abort();
+  const std::shared_ptr<PeerWords>& words() const { return words_; }
 
  private:
-  Context ctx_;
   std::shared_ptr<void> owner_;
   std::byte* begin_ = nullptr;
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
   Buffer table_, epochs_;
-  PeerStatus* status_ = nullptr;  // as the host sees it
+  std::shared_ptr<PeerWords> words_;
   PeerMemory peers_;
 };
 
