@@ -62,6 +62,9 @@ std::unique_ptr<Communicator> create_nccl(const NcclId& id, int rank, int size, 
   require(size >= 1, "create_nccl: size is ", size, "; it must be at least 1");
   require(rank >= 0 && rank < size, "create_nccl: rank is ", rank, "; allowed are 0 to ", size - 1);
   check_context(ctx, "create_nccl");
+  require(ctx.stream() != cudaStreamPerThread,
+          "create_nccl: the context's stream is cudaStreamPerThread; NCCL enqueues from threads of "
+          "its own, on which that means another stream");
   check_deadline(deadline, "create_nccl");
   detail::cuda::set_device(ctx);
   ncclUniqueId unique;

@@ -6,7 +6,10 @@
 #include <nccl_device.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <exception>
+#include <thread>
 
 #include "backend.hpp"
 #include "cuda/check.hpp"
@@ -55,7 +58,18 @@ class NcclMemory {
     rank_.call("window", [this](ncclComm_t comm) {
       return ncclCommWindowRegister(comm, data_, bytes_, &window_, NCCL_WIN_COLL_SYMMETRIC);
     });
-    require(window_ != nullptr, "make_window: NCCL registered no window for ", bytes_, " bytes");
+    // A communicator that does not block registers on a thread of its own, and says nothing of it.
+    const auto until = std::chrono::steady_clock::now() + rank_.deadline();
+    while (std::atomic_ref(window_).load() == nullptr) {
+      require(std::chrono::steady_clock::now() < until, "make_window: NCCL registered no window for ",
+              bytes_, " bytes within ", rank_.deadline().count(), " ms");
+      std::this_thread::yield();
+      rank_.call("window", [](ncclComm_t comm) {
+        ncclResult_t state = ncclSuccess;
+        const ncclResult_t result = ncclCommGetAsyncError(comm, &state);
+        return result == ncclSuccess ? state : result;
+      });
+    }
   }
 
  private:

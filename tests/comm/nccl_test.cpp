@@ -9,7 +9,6 @@
 #include "support/mean_ranks.hpp"
 #include "support/processes.hpp"
 #include "support/random.hpp"
-#include "support/ranks.hpp"
 
 namespace octet::test {
 namespace {
@@ -169,7 +168,7 @@ TEST_CASE("NCCL ranks with a GPU each, over send and receive and over windows") 
     threads.emplace_back([&, rank] {
       std::string& mine = wrong[static_cast<std::size_t>(rank)];
       mine = error_of([&] {
-        const auto comm = create_nccl(id, rank, ranks, Context::cuda(rank, per_thread_stream()));
+        const auto comm = create_nccl(id, rank, ranks, Context::cuda(rank, nullptr));
         mine = reductions_of(*comm);
         if (mine.empty()) mine = window_reductions_of(*comm);
         require(mine.empty(), mine);

@@ -67,7 +67,10 @@ std::vector<T> pieces_of(const std::vector<Piece>& pieces, std::size_t tensor,
 /// `shift` bytes behind a multiple of 256. Throws where the ranks can have none.
 class BucketWindow {
  public:
-  BucketWindow(Communicator& comm, const MeanCase& bucket, std::size_t shift) : shift_(shift) {
+  BucketWindow(Communicator& comm, const MeanCase& bucket, std::size_t shift)
+      : shift_(shift),
+        here_(comm.context(), 4),
+        all_here_(comm.context(), 4 * static_cast<std::size_t>(comm.size())) {
     std::size_t bytes = padded(bucket.tensors() * sizeof(TensorScale));
     for (const Contribution& c : bucket.gradients[0]) bytes += room_for(c.bytes.size());
     WindowOffer offer = comm.make_window(bytes);
@@ -77,6 +80,13 @@ class BucketWindow {
         static_cast<std::byte*>(window_->data()) + padded(bucket.tensors() * sizeof(TensorScale));
   }
   const Window* get() const { return window_.get(); }
+  /// Waits until every rank is here. Kernels of a rank that shares this one's GPU may wait for this
+  /// rank's, while freeing memory and copying much wait for all kernels of the GPU: so there is
+  /// none of that between this and them.
+  void meet(Communicator& comm) const {
+    comm.all_gather(here_.data(), all_here_.data(), 4);
+    comm.synchronize();
+  }
   TensorScale* scales() const { return static_cast<TensorScale*>(window_->data()); }
   void* take(std::size_t bytes) {
     void* at = next_ + shift_;
@@ -91,12 +101,9 @@ class BucketWindow {
   }
   std::unique_ptr<Window> window_;
   std::size_t shift_;
+  Buffer here_, all_here_;
   std::byte* next_ = nullptr;
 };
-
-/// Waits until every rank is here: kernels of a rank that shares this one's GPU may wait for this
-/// rank's, while freeing memory waits for all kernels of the GPU.
-inline void meet(Communicator& comm) { all_gather_text_sync(comm, "here"); }
 
 /// Runs the reduction of a bucket on this rank, `runs` times from the same input; in a window where
 /// one is given.
@@ -130,11 +137,11 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
   const Buffer flag = upload(ctx, std::vector<std::uint32_t>{0});
   MeanReducer reducer(comm, path, tensors, scales, bucket.owners, -1,
                       window != nullptr ? window->get() : nullptr);
-  if (window != nullptr) meet(comm);
   const WireBytes before = comm.wire_bytes();
   for (int i = 0; i < runs; ++i) {
     for (std::size_t t = 0; t < own.size(); ++t) write(ctx, gradients[t].data(), own[t].bytes);
     write(ctx, scales, own_scales);
+    if (window != nullptr) window->meet(comm);
     reducer.run(flag.as<std::uint32_t>());
   }
 
@@ -149,7 +156,6 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
     result.shards.push_back(shards[t].values<float>());
     result.intact = result.intact && gradients[t].intact() && shards[t].intact();
   }
-  if (window != nullptr) meet(comm);
   return result;
 }
 
