@@ -162,10 +162,7 @@ void CommModel::add_window() {
 
 /// What the link can do: the copy engines send as many bytes to the next rank as two_shot does.
 void CommModel::add_copy(std::byte* spare, std::uint64_t payload) {
-  const auto ranks = static_cast<std::size_t>(rank_.comm.size());
-  const auto next = (static_cast<std::size_t>(rank_.comm.rank()) + 1) % ranks;
-  const auto begins = octet::read_sync<std::byte*>(rank_.ctx, window_->peers().windows, ranks);
-  std::byte* to = begins[next] + window_->offset_of(spare);
+  std::byte* to = window_->on_rank((rank_.comm.rank() + 1) % rank_.comm.size(), spare);
   cases_.push_back({"copy engines, as many bytes as two_shot sends",
                     [=, this] { octet::copy_bytes(rank_.ctx, to, wide_.data(), payload); },
                     payload});

@@ -61,8 +61,9 @@ class NcclMemory {
     // A communicator that does not block registers on a thread of its own, and says nothing of it.
     const auto until = std::chrono::steady_clock::now() + rank_.deadline();
     while (std::atomic_ref(window_).load() == nullptr) {
-      require(std::chrono::steady_clock::now() < until, "make_window: NCCL registered no window for ",
-              bytes_, " bytes within ", rank_.deadline().count(), " ms");
+      require(std::chrono::steady_clock::now() < until,
+              "make_window: NCCL registered no window for ", bytes_, " bytes within ",
+              rank_.deadline().count(), " ms");
       std::this_thread::yield();
       rank_.call("window", [](ncclComm_t comm) {
         ncclResult_t state = ncclSuccess;

@@ -27,7 +27,8 @@ void PeerWords::abort() { std::atomic_ref(status_->abort).store(1, std::memory_o
 Window::Window(const Context& ctx, int rank, const std::vector<void*>& begins, std::size_t bytes,
                int blocks, std::chrono::milliseconds deadline, std::shared_ptr<void> owner)
     : owner_(std::move(owner)), bytes_(bytes), words_(std::make_shared<PeerWords>(ctx)) {
-  begin_ = static_cast<std::byte*>(begins[static_cast<std::size_t>(rank)]);
+  for (void* begin : begins) begins_.push_back(static_cast<std::byte*>(begin));
+  begin_ = begins_[static_cast<std::size_t>(rank)];
   data_ = begin_ + peer_flag_bytes(static_cast<int>(begins.size()));
   table_ = upload_sync<void*>(ctx, begins);
   epochs_ = upload_sync<std::uint32_t>(ctx, std::vector<std::uint32_t>(kMaxPeerBlocks));

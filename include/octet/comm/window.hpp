@@ -51,12 +51,18 @@ class Window {
   bool contains(const void* data, std::size_t bytes) const;
   /// Bytes from the beginning of the memory, flags included: the same place in every rank's.
   std::int64_t offset_of(const void* data) const;
+  /// Where rank `rank` has, as this device sees it, what this rank has at `data`.
+  template <class T>
+  T* on_rank(int rank, T* data) const {
+    return reinterpret_cast<T*>(begins_[static_cast<std::size_t>(rank)] + offset_of(data));
+  }
   /// For kernels.
   const PeerMemory& peers() const { return peers_; }
   const std::shared_ptr<PeerWords>& words() const { return words_; }
 
  private:
   std::shared_ptr<void> owner_;
+  std::vector<std::byte*> begins_;
   std::byte* begin_ = nullptr;
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
