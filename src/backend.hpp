@@ -93,6 +93,7 @@ struct ContextState {
   std::size_t workspace_bytes = 0;
   std::size_t workspace_used = 0;
   int open_scopes = 0;
+  bool shares_device = false;
 
   ~ContextState();
   void* allocate(std::size_t bytes);

@@ -29,6 +29,8 @@ void Engine::Impl::build() {
     allocate_optimizer();
     allocate_communication();
     initialise();
+    // Or the casts of a backward pass would wait for the reductions that run beside it.
+    if (schedule() == Schedule::overlap && comm.size() > 1) ctx.set_shares_device(true);
     describe();
   } catch (const std::exception& error) {
     problem = error.what();
@@ -293,6 +295,11 @@ std::string Engine::Impl::describe_optimizer() const {
 
 void Engine::Impl::describe_gradients() {
   const bool is_cpu = ctx.device().type == DeviceType::cpu;
+  if (ctx.shares_device() && !is_cpu) {
+    plan.notes.push_back(
+        "casts with current scaling read their input twice, because a cooperative launch would "
+        "wait for the collectives beside it");
+  }
   if (comm.size() == 1) {
     plan.schedule = "one rank: nothing to overlap";
   } else if (schedule() == Schedule::overlap) {

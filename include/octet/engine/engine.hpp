@@ -81,7 +81,9 @@ class Engine {
  public:
   /// `comm` must live as long as the engine and belong to a context of the same device: the same,
   /// or one with a stream of its own, on which the reduction then runs beside the backward pass.
-  /// From the last add_gradient() of a bucket to the end of step() it belongs to the engine.
+  /// From the last add_gradient() of a bucket to the end of step() it belongs to the engine. Where
+  /// ranks overlap so, freeze() tells the context that it shares the device
+  /// (Context::set_shares_device()).
   Engine(const Context& ctx, Communicator& comm, const EngineConfig& config = {});
   ~Engine();
   Engine(const Engine&) = delete;
