@@ -10,6 +10,7 @@
 #include "kernels.hpp"
 #include "octet/comm/nccl.hpp"
 #include "octet/core/error.hpp"
+#include "octet/engine/engine.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace train_gpt {
@@ -26,6 +27,7 @@ struct Arguments {
   std::optional<float> lr;
   int steps = 300, log_every = 20, micro_batches = 1;
   std::string schedule = "auto";
+  std::optional<std::int64_t> bucket_elements;
   std::optional<std::string> fp8_format, amax_compute_algo;
   std::optional<int> amax_history_len, margin;
   std::int64_t seed = 1;
@@ -68,6 +70,9 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--schedule", a.schedule,
                  "overlap (gradients are reduced during backward, on a stream of their own), "
                  "after_backward or auto (overlap on CUDA with several ranks; default: auto)");
+  app.add_option("--bucket-elements", a.bucket_elements,
+                 "Gradients are reduced in buckets of at least so many elements (default: 4194304 "
+                 "with overlap, of which only the last bucket is waited for, else 33554432)");
   app.add_option("--lr", a.lr, "Peak learning rate (default: 2e-3; on CUDA 1e-3)");
   app.add_option("--seed", a.seed, "Seed of weights, batches and rounding (default: 1)");
   app.add_option("--log-every", a.log_every,
@@ -171,6 +176,14 @@ octet::Schedule choose_schedule(const std::string& text, DeviceType device, int 
   return overlaps ? octet::Schedule::overlap : octet::Schedule::after_backward;
 }
 
+/// With overlap what the last bucket takes is not hidden: it must be a small part of the model.
+std::int64_t choose_bucket_elements(std::optional<std::int64_t> asked, octet::Schedule schedule) {
+  constexpr std::int64_t kOverlap = std::int64_t{4} << 20;
+  require(!asked || *asked >= 1, "--bucket-elements ", asked.value_or(0), ": must be at least 1");
+  return asked.value_or(
+      schedule == octet::Schedule::overlap ? kOverlap : octet::EngineConfig{}.bucket_elements);
+}
+
 void check_model(const GptConfig& model) {
   const auto at_least = [](const char* name, int value, int least) {
     require(value >= least, "--", name, " ", value, ": must be at least ", least);
@@ -220,6 +233,7 @@ std::optional<Options> parse_options(int argc, char** argv) {
   const Defaults& defaults = options.device == DeviceType::cpu ? kCpuDefaults : kCudaDefaults;
   options.ranks = choose_ranks(arguments.ranks, options.device);
   options.schedule = choose_schedule(arguments.schedule, options.device, options.ranks);
+  options.bucket_elements = choose_bucket_elements(arguments.bucket_elements, options.schedule);
   options.data = arguments.data;
   for (const std::string& name : arguments.levels) options.setups.push_back(setup_of(name));
   require(!options.setups.empty(), "--levels: at least one level is needed");

@@ -26,6 +26,7 @@ struct Options {
   octet::DeviceType device = octet::DeviceType::cpu;
   int ranks = 1;
   octet::Schedule schedule = octet::Schedule::after_backward;
+  std::int64_t bucket_elements = 0;
   int steps = 300;
   GptConfig model;
   int batch = 0;  ///< rows of the global batch

@@ -87,6 +87,7 @@ class RankTrainer {
                 {.level = setup.level,
                  .formats = engine_formats(setup, options.model.fp8.recipe),
                  .adamw = {.weight_decay = kWeightDecay, .seed = options.seed},
+                 .bucket_elements = options.bucket_elements,
                  .micro_batches = options.model.micro_batches}),
         model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_pass(),
                options.seed),

@@ -11,16 +11,17 @@
 namespace octet {
 namespace {
 
-void check_devices(const Context& ctx, const Communicator& comm) {
+Communicator& checked(Communicator& comm, const Context& ctx) {
   require(comm.context().device() == ctx.device(), "Engine: the communicator is on ",
           comm.context().device(), ", the engine on ", ctx.device(),
           "; both must be on one device");
+  return comm;
 }
 
 }  // namespace
 
 Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& config)
-    : impl_((check_devices(ctx, comm), std::make_unique<Impl>(ctx, comm, config))) {
+    : impl_(std::make_unique<Impl>(ctx, checked(comm, ctx), config)) {
   require(config.schedule != Schedule::overlap || impl_->streams.is_apart(),
           "Engine: schedule is overlap, but the communicator shares the engine's stream; make it "
           "with a Context of the same device that has a stream of its own");

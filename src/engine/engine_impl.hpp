@@ -56,8 +56,8 @@ struct Engine::Impl {
   void require_frozen(const char* call) const;
 
   Schedule schedule() const;
-  /// What the micro-batches of a parameter are summed in.
-  DType accumulator_of(const Param& p) const;
+  /// What the micro-batches of gradients stored so are summed in.
+  DType accumulator_of(DType gradient) const;
   void check_accumulator() const;
   void store_gradient(Param& p, const TensorView& gradient);
   /// Adds the gradient of a micro-batch to those before.

@@ -99,7 +99,7 @@ void Engine::Impl::allocate_parameters() {
 
 void Engine::Impl::allocate_accumulators() {
   for (Param& p : params) {
-    const DType dtype = accumulator_of(p);
+    const DType dtype = accumulator_of(p.formats.gradient);
     if (dtype == p.formats.gradient) continue;  // summed where it is
     const std::size_t before = ctx.memory_use().current;
     p.accumulator = Tensor(ctx, dtype, p.spec.shape);
@@ -315,8 +315,7 @@ void Engine::Impl::describe_gradients() {
     plan.accumulation = "1, nothing to sum";
     return;
   }
-  const DType gradient = plan.formats.gradient;
-  const DType sum = gradient == DType::f32 ? gradient : config.accumulator.value_or(DType::f32);
+  const DType gradient = plan.formats.gradient, sum = accumulator_of(gradient);
   std::ostringstream text;
   text << config.micro_batches << ", FP8-managed gradients summed in " << name_of(sum)
        << (sum != gradient      ? " accumulators and cast once"

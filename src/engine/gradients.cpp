@@ -81,8 +81,7 @@ Schedule Engine::Impl::schedule() const {
                                                      : Schedule::after_backward);
 }
 
-DType Engine::Impl::accumulator_of(const Param& p) const {
-  const DType gradient = p.formats.gradient;
+DType Engine::Impl::accumulator_of(DType gradient) const {
   return gradient == DType::f32 ? gradient : config.accumulator.value_or(DType::f32);
 }
 

@@ -277,7 +277,7 @@ TEST_CASE("micro-batches train as the whole batch does and are reduced once", "[
 TEST_CASE("overlap trains with the bits of a reduction after backward", "[train_gpt]") {
   const std::string arguments = kSmall + "--device cpu --steps 3 --ranks 2 --micro-batches 2 ";
   const json after = train(arguments).at("runs");
-  const json overlap = train(arguments + "--schedule overlap").at("runs");
+  const json overlap = train(arguments + "--schedule overlap --bucket-elements 5000").at("runs");
   for (std::size_t i = 0; i < 4; ++i) {
     CHECK(after[i].at("schedule") == "after_backward");
     CHECK(overlap[i].at("schedule") == "overlap");
@@ -352,6 +352,7 @@ TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_g
       {"--batch 16 --ranks 3", {"--batch 16", "--ranks 3"}},
       {"--micro-batches 0", {"--micro-batches 0", "at least 1"}},
       {"--batch 12 --ranks 2 --micro-batches 4", {"--micro-batches 4", "6 rows", "--batch 12"}},
+      {"--bucket-elements 0", {"--bucket-elements 0", "at least 1"}},
       {"--schedule sometimes", {"--schedule sometimes", "overlap", "after_backward"}},
       {"--ranks 0", {"--ranks 0", "at least 1"}},
       {"--ranks -2", {"--ranks -2", "at least 1"}},
@@ -406,5 +407,6 @@ TEST_CASE("--help names every option", "[train_gpt]") {
                               "--fp8-amax-history-len",
                               "--fp8-amax-compute-algo",
                               "--micro-batches",
-                              "--schedule"}) == "");
+                              "--schedule",
+                              "--bucket-elements"}) == "");
 }

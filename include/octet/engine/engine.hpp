@@ -27,7 +27,8 @@ struct EngineConfig {
   /// Parameters with at least two dimensions and this many elements are FP8-managed; all others
   /// have FP32 weight, gradient and states.
   std::int64_t fp8_min_elements = 4096;
-  /// Gradients are reduced in buckets of at least this many elements.
+  /// Gradients are reduced in buckets of at least this many elements. With overlap nothing hides
+  /// what the last bucket takes, so a bucket should be a small part of the model.
   std::int64_t bucket_elements = std::int64_t{32} << 20;
   /// When buckets are reduced. Default: overlap where the communicator's context has a stream of
   /// its own, else after_backward, which is all that one stream can do.
@@ -76,7 +77,8 @@ struct StepResult {
 /// The trainer's side of the library: parameters are handed over once, gradients every step.
 /// add(), freeze() are set-up; the weights, add_gradient() and step() are the hot path: no
 /// allocation, no synchronisation, no host read of a device value.
-/// All ranks make the same calls in the same order. Everything is deterministic.
+/// All ranks make the same calls in the same order; only add_gradient() may come in any order, or
+/// not at all. Everything is deterministic.
 class Engine {
  public:
   /// `comm` must live as long as the engine and belong to a context of the same device: the same,
