@@ -30,6 +30,7 @@ const CudaPart& cuda_part() {
       .make_gemm_ready = cuda::make_gemm_ready,
       .delayed_update = cuda::delayed_update,
       .measure_amax = cuda::measure_amax,
+      .accumulate = cuda::accumulate,
       .adamw_initialise = cuda::adamw_initialise,
       .adamw_measure = cuda::adamw_measure,
       .adamw_prepare = cuda::adamw_prepare,

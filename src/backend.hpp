@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "octet/ops/accumulate.hpp"
 #include "octet/ops/adamw.hpp"
 #include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
@@ -50,6 +51,7 @@ struct Backend {
                           std::int64_t columns, void* gemm_ready);
   void (*delayed_update)(const Context&, const DelayedArgs&);
   void (*measure_amax)(const Context&, const TensorView& in, TensorScale* scale);
+  void (*accumulate)(const Context&, const AccumulateArgs&);
   void (*adamw_initialise)(const Context&, const AdamwInit&);
   void (*adamw_measure)(const Context&, const AdamwArgs&, float* sums);
   void (*adamw_prepare)(const Context&, const AdamwArgs&);
@@ -94,6 +96,7 @@ struct ContextState {
   /// What the library's CUDA kernels were compiled for on this device (90 for sm_90); 0 until the
   /// first launch that must know has asked.
   int kernel_architecture = 0;
+  bool shares_device = false;
 
   ~ContextState();
   void* allocate(std::size_t bytes);

@@ -28,6 +28,7 @@ const Backend& cpu_backend() {
       .make_gemm_ready = cpu::make_gemm_ready,
       .delayed_update = cpu::delayed_update,
       .measure_amax = cpu::measure_amax,
+      .accumulate = cpu::accumulate,
       .adamw_initialise = cpu::adamw_initialise,
       .adamw_measure = cpu::adamw_measure,
       .adamw_prepare = cpu::adamw_prepare,

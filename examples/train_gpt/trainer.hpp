@@ -22,6 +22,8 @@ struct RunResult {
   std::string name;  ///< of the setup
   octet::Sharding sharding = octet::Sharding::none;
   int ranks = 1;
+  octet::Schedule schedule = octet::Schedule::after_backward;
+  int micro_batches = 1;
   octet::DeviceType device = octet::DeviceType::cpu;
   std::int64_t parameters = 0;
   Fp8Settings fp8;

@@ -4,6 +4,7 @@
 
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/communicator.hpp"
+#include "octet/comm/gradient_reducer.hpp"
 #include "octet/comm/nccl.hpp"
 #include "octet/core/block_scales.hpp"
 #include "octet/core/dtype.hpp"
@@ -21,6 +22,7 @@
 #include "octet/gemm/epilogue.hpp"
 #include "octet/gemm/gemm.hpp"
 #include "octet/nn/linear.hpp"
+#include "octet/ops/accumulate.hpp"
 #include "octet/ops/adamw.hpp"
 #include "octet/ops/adamw_rows.hpp"
 #include "octet/ops/block_quantize.hpp"
@@ -31,4 +33,5 @@
 #include "octet/optim/adamw.hpp"
 #include "octet/runtime/allocator.hpp"
 #include "octet/runtime/context.hpp"
+#include "octet/runtime/side_stream.hpp"
 #include "octet/runtime/tensor.hpp"

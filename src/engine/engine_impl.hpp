@@ -2,6 +2,7 @@
 #pragma once
 
 #include "octet/comm/collectives.hpp"
+#include "octet/comm/gradient_reducer.hpp"
 #include "octet/engine/engine.hpp"
 #include "octet/engine/shard_plan.hpp"
 #include "octet/optim/adamw.hpp"
@@ -17,33 +18,35 @@ struct Engine::Impl {
     Tensor weight;
     Tensor weight_transposed;  ///< [columns, rows], for formats that have it
     Tensor gradient;           ///< this rank's, whole, before and (two_shot) after the reduction
+    Tensor accumulator;        ///< of micro-batches, where they are not summed in `gradient`
     Tensor shard;              ///< sharded: the FP32 mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
-    bool has_gradient = false;
+    int gradients = 0;          ///< handed over since the last step
   };
 
   /// Parameters reduced together; one gradient dtype.
   struct Bucket {
     std::vector<int> params;
     Owners owners;
-    std::unique_ptr<MeanReducer> reducer;
   };
 
   Impl(const Context& context, Communicator& communicator, const EngineConfig& c)
-      : ctx(context), comm(communicator), config(c) {}
+      : ctx(context), comm(communicator), config(c), streams(context, communicator.context()) {}
 
   // set-up, in the order of freeze()
   void check_lists_agree();
   void build();
   void make_buckets();
   void allocate_parameters();
+  void allocate_accumulators();
   void allocate_optimizer();
   void allocate_communication();
   void make_gathers();
   void add_weight_scales(std::vector<TensorView>& tensors, Owners& owners) const;
   void initialise();
   void describe();
+  void describe_gradients();
   std::string describe_optimizer() const;
 
   bool sharded() const { return plan.sharding == Sharding::optimizer && comm.size() > 1; }
@@ -51,9 +54,27 @@ struct Engine::Impl {
   const Param& param(ParamId id, const char* call) const;
   const Param& frozen_param(ParamId id, const char* call) const;
   void require_frozen(const char* call) const;
+
+  Schedule schedule() const;
+  /// What the micro-batches of gradients stored so are summed in.
+  DType accumulator_of(DType gradient) const;
+  void check_accumulator() const;
   void store_gradient(Param& p, const TensorView& gradient);
+  /// Adds the gradient of a micro-batch to those before.
+  void accumulate_gradient(Param& p, const TensorView& gradient);
+  /// Makes the sum of micro-batches the gradient that is reduced.
+  void store_sum(Param& p);
+  /// Ends the backward pass: all gradients are reduced.
+  void finish_gradients();
+
   /// Any rank's flag becomes every rank's.
   void share_flag();
+  /// What the sharded step gives every rank: all segments' sums of squares, the new weights and
+  /// all scales.
+  void gather_sums();
+  void gather_weights();
+  /// Bytes in use of the engine's context and of the communicator's.
+  std::size_t memory_in_use() const;
   std::uint32_t* nonfinite() const {
     return reinterpret_cast<std::uint32_t*>(&flag.as<TensorScale>()->amax);
   }
@@ -61,6 +82,7 @@ struct Engine::Impl {
   Context ctx;
   Communicator& comm;
   EngineConfig config;
+  SideStream streams;  ///< the engine's, and beside it the communicator's
   std::vector<Param> params;
   bool frozen = false;
   bool failed = false;  ///< freeze() began and did not end well
@@ -68,8 +90,8 @@ struct Engine::Impl {
   std::vector<Bucket> buckets;
   /// The non-finite flag, kept as the amax of a TensorScale so that it is shared like one.
   Buffer flag, gathered_flags;
-  Buffer zero_scale;       ///< TensorScale{}: the scale of a missing gradient
   Buffer gradient_scales;  ///< in the order of the buckets
+  std::unique_ptr<GradientReducer> reducer;
   std::unique_ptr<AdamW> adamw;
   std::unique_ptr<PieceGather> weight_gather;
   std::unique_ptr<PieceGather> sum_gather;

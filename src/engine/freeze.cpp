@@ -10,36 +10,6 @@
 namespace octet {
 namespace {
 
-// What every rank must have registered alike, a line each.
-std::vector<std::string> lines_of(const std::string& text) {
-  std::vector<std::string> lines;
-  std::istringstream in(text);
-  for (std::string line; std::getline(in, line);) lines.push_back(line);
-  return lines;
-}
-
-std::string describe_formats(const Formats& f) {
-  std::ostringstream out;
-  out << "weight " << name_of(f.state.weight) << ", gradient " << name_of(f.gradient) << ", master "
-      << name_of(f.state.master) << ", m " << name_of(f.state.m) << ", v " << name_of(f.state.v);
-  return out.str();
-}
-
-std::string describe_hyper(const AdamwHyper& g) {
-  std::ostringstream out;
-  out.precision(9);  // every float apart from every other
-  out << "lr_factor " << g.lr_factor << ", beta1 " << g.beta1 << ", beta2 " << g.beta2 << ", eps "
-      << g.eps << ", weight_decay " << g.weight_decay;
-  return out.str();
-}
-
-std::vector<float> read_amax_sync(const Context& ctx, const TensorScale* scales,
-                                  std::size_t count) {
-  std::vector<float> values;
-  for (const TensorScale& s : read_sync<TensorScale>(ctx, scales, count)) values.push_back(s.amax);
-  return values;
-}
-
 // Of the blocks of a matrix, and of those of its transposed copy.
 std::uint64_t weight_scale_bytes(WeightFormat format, const Shape& shape) {
   const Granularity granularity = granularity_of(format);
@@ -59,6 +29,8 @@ void Engine::Impl::build() {
     allocate_optimizer();
     allocate_communication();
     initialise();
+    // Or the casts of a backward pass would wait for the reductions that run beside it.
+    if (schedule() == Schedule::overlap && comm.size() > 1) ctx.set_shares_device(true);
     describe();
   } catch (const std::exception& error) {
     problem = error.what();
@@ -66,46 +38,6 @@ void Engine::Impl::build() {
   const std::vector<std::string> problems = all_gather_text_sync(comm, problem);
   for (std::size_t r = 0; r < problems.size(); ++r) {
     require(problems[r].empty(), "Engine::freeze: rank ", r, ": ", problems[r]);
-  }
-}
-
-void Engine::Impl::check_lists_agree() {
-  Buffer scales(ctx, params.size() * sizeof(TensorScale));
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    measure_amax(ctx, params[i].spec.init, scales.as<TensorScale>() + i);
-  }
-  const std::vector<float> amax =
-      read_amax_sync(ctx, scales.as<const TensorScale>(), params.size());
-  std::ostringstream list;
-  list.precision(9);  // every float apart from every other
-  list << "configuration: level " << name_of(plan.level) << ", sharding " << name_of(plan.sharding)
-       << ", " << describe_formats(plan.formats) << ", bucket_elements " << config.bucket_elements
-       << ", seed " << config.adamw.seed << ", decoupled_weight_decay "
-       << config.adamw.decoupled_weight_decay << ", maximize " << config.adamw.maximize
-       << ", stochastic_rounding " << config.adamw.stochastic_rounding << "\n";
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    const ParamSpec& spec = params[i].spec;
-    list << "parameter " << i << ": \"" << spec.name << "\" " << to_string(spec.shape) << ", "
-         << (params[i].managed ? "FP8-managed" : "f32") << ", "
-         << describe_hyper(config.adamw.of(spec.group)) << ", largest initial value " << amax[i]
-         << "\n";
-  }
-  const std::vector<std::string> texts = all_gather_text_sync(comm, list.str());
-  const std::vector<std::string> first = lines_of(texts[0]);
-  for (std::size_t r = 1; r < texts.size(); ++r) {
-    const std::vector<std::string> other = lines_of(texts[r]);
-    for (std::size_t i = 0; i < std::max(first.size(), other.size()); ++i) {
-      const std::string mine =
-          i < first.size() ? first[i] : "no parameter " + std::to_string(i - 1);
-      const std::string theirs =
-          i < other.size() ? other[i] : "no parameter " + std::to_string(i - 1);
-      require(mine == theirs, "Engine::freeze: the ranks differ: rank 0 has ", mine, "; rank ", r,
-              " has ", theirs);
-    }
-  }
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    require(std::isfinite(amax[i]), "parameter \"", params[i].spec.name,
-            "\": its initial values hold a NaN or an infinity");
   }
 }
 
@@ -138,8 +70,8 @@ void Engine::Impl::make_buckets() {
 
 void Engine::Impl::allocate_parameters() {
   flag = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
-  zero_scale = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
-  gathered_flags = Buffer(ctx, static_cast<std::size_t>(comm.size()) * sizeof(TensorScale));
+  gathered_flags =
+      Buffer(comm.context(), static_cast<std::size_t>(comm.size()) * sizeof(TensorScale));
   gradient_scales = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(params.size()));
   std::size_t slot = 0;
   for (const Bucket& bucket : buckets) {
@@ -161,6 +93,18 @@ void Engine::Impl::allocate_parameters() {
       allocate("transposed weight", p.weight_transposed, DType::e4m3, {shape[1], shape[0]});
     }
     allocate("gradient", p.gradient, p.formats.gradient, shape);
+  }
+  if (config.micro_batches > 1) allocate_accumulators();
+}
+
+void Engine::Impl::allocate_accumulators() {
+  for (Param& p : params) {
+    const DType dtype = accumulator_of(p.formats.gradient);
+    if (dtype == p.formats.gradient) continue;  // summed where it is
+    const std::size_t before = ctx.memory_use().current;
+    p.accumulator = Tensor(ctx, dtype, p.spec.shape);
+    plan.count("gradient accumulator", p.managed, false, p.accumulator.view().bytes(),
+               ctx.memory_use().current - before);
   }
 }
 
@@ -221,36 +165,44 @@ void Engine::Impl::allocate_optimizer() {
 }
 
 void Engine::Impl::allocate_communication() {
-  const MeanReducer::Path path =
-      sharded() ? MeanReducer::Path::sharded : MeanReducer::Path::two_shot;
-  const std::size_t before = ctx.memory_use().current;
-  std::uint64_t predicted = 0;
+  const std::size_t before = memory_in_use();
+  std::vector<GradientBucket> list;
   std::vector<std::int32_t> slot_of(params.size());
-  for (Bucket& bucket : buckets) {
-    std::vector<ReduceTensor> tensors;
+  for (const Bucket& bucket : buckets) {
+    GradientBucket b;
+    b.params = bucket.params;
     for (int i : bucket.params) {
       const Param& p = params[static_cast<std::size_t>(i)];
-      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(tensors.size());
-      tensors.push_back({p.gradient.view(), sharded() ? p.shard.view() : TensorView{}});
+      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(b.tensors.size());
+      b.tensors.push_back({p.gradient.view(), sharded() ? p.shard.view() : TensorView{}});
     }
-    Owners owners = bucket.owners;  // a reducer counts its tensors from 0
-    for (std::vector<Piece>& pieces : owners) {
+    b.owners = bucket.owners;
+    for (std::vector<Piece>& pieces : b.owners) {
       for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
     }
-    TensorScale* scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
-    const int number = static_cast<int>(&bucket - buckets.data());
-    bucket.reducer = std::make_unique<MeanReducer>(comm, path, tensors, scales, owners, number);
-    predicted += bucket.reducer->buffer_bytes();
-    plan.wire_bytes_per_step += bucket.reducer->payload_bytes();
+    b.scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
+    list.push_back(std::move(b));
   }
+  reducer = std::make_unique<GradientReducer>(
+      ctx, comm, sharded() ? MeanReducer::Path::sharded : MeanReducer::Path::two_shot, list,
+      nonfinite(), schedule());
+  std::uint64_t predicted = reducer->buffer_bytes();
+  plan.wire_bytes_per_step += reducer->payload_bytes();
   if (sharded()) {
     make_gathers();
-    gathered_scales = Buffer(
-        ctx, static_cast<std::size_t>(comm.size() * adamw->scale_count()) * sizeof(TensorScale));
+    gathered_scales =
+        Buffer(comm.context(),
+               static_cast<std::size_t>(comm.size() * adamw->scale_count()) * sizeof(TensorScale));
     predicted += gathered_scales.bytes();
     plan.wire_bytes_per_step += weight_gather->payload_bytes();
   }
-  plan.count("communication", true, false, predicted, ctx.memory_use().current - before);
+  plan.count("communication", true, false, predicted, memory_in_use() - before);
+}
+
+std::size_t Engine::Impl::memory_in_use() const {
+  const Context& other = comm.context();
+  const bool is_one = other.state() == ctx.state();
+  return ctx.memory_use().current + (is_one ? 0 : other.memory_use().current);
 }
 
 // The sharded step gives every rank the new weights, and the sums of squares of all segments.
@@ -341,7 +293,40 @@ std::string Engine::Impl::describe_optimizer() const {
   return out.str();
 }
 
+void Engine::Impl::describe_gradients() {
+  const bool is_cpu = ctx.device().type == DeviceType::cpu;
+  if (ctx.shares_device() && !is_cpu) {
+    plan.notes.push_back(
+        "casts with current scaling read their input twice, because a cooperative launch would "
+        "wait for the collectives beside it");
+  }
+  if (comm.size() == 1) {
+    plan.schedule = "one rank: nothing to overlap";
+  } else if (schedule() == Schedule::overlap) {
+    plan.schedule = is_cpu ? "overlap: each bucket is reduced during backward, in the calling "
+                             "thread, because a CPU has no second stream"
+                           : "overlap: reduced during backward on the communicator's own stream";
+  } else {
+    plan.schedule = streams.is_apart() ? "after backward, as configured"
+                                       : "after backward, one stream, because the communicator "
+                                         "shares the engine's stream";
+  }
+  if (config.micro_batches == 1) {
+    plan.accumulation = "1, nothing to sum";
+    return;
+  }
+  const DType gradient = plan.formats.gradient, sum = accumulator_of(gradient);
+  std::ostringstream text;
+  text << config.micro_batches << ", FP8-managed gradients summed in " << name_of(sum)
+       << (sum != gradient      ? " accumulators and cast once"
+           : sum == DType::e4m3 ? " where they are, cast anew with every sum"
+                                : " where they are")
+       << ", others in f32 where they are";
+  plan.accumulation = text.str();
+}
+
 void Engine::Impl::describe() {
+  describe_gradients();
   plan.ranks = comm.size();
   plan.transport = comm.name();
   plan.buckets = static_cast<int>(buckets.size());

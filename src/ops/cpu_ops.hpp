@@ -19,6 +19,7 @@ void make_gemm_ready(const Context& ctx, const void* compact, std::int64_t rows,
                      std::int64_t columns, void* gemm_ready);
 void delayed_update(const Context& ctx, const DelayedArgs& args);
 void measure_amax(const Context& ctx, const TensorView& in, TensorScale* scale);
+void accumulate(const Context& ctx, const AccumulateArgs& args);
 void adamw_initialise(const Context& ctx, const AdamwInit& init);
 void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
