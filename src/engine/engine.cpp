@@ -164,6 +164,10 @@ StepResult Engine::step(const StepOptions& options) {
           "Engine::step: lr is ", options.lr, "; it must be finite and not negative");
   require(options.max_norm >= 0.0f && std::isfinite(options.max_norm), "Engine::step: max_norm is ",
           options.max_norm, "; it must be finite and positive, or 0 for no clipping");
+  require(e.config.clipping || options.max_norm == 0.0f, "Engine::step: max_norm is ",
+          options.max_norm,
+          ", but EngineConfig::clipping is false; it must be true for steps that "
+          "clip");
   for (Impl::Param& p : e.params) {
     if (!std::exchange(p.has_gradient, false)) {
       zero_bytes(e.ctx, p.gradient.view().data, p.gradient.bytes());
@@ -171,7 +175,10 @@ StepResult Engine::step(const StepOptions& options) {
     }
   }
   std::uint32_t* flag = e.nonfinite();
-  for (Impl::Bucket& bucket : e.buckets) bucket.reducer->run(flag);
+  const bool sums = e.fused() && options.max_norm == 0.0f;
+  for (Impl::Bucket& bucket : e.buckets) {
+    sums ? bucket.reducer->collect(flag) : bucket.reducer->run(flag);
+  }
   e.share_flag();
   if (options.max_norm > 0.0f) {
     e.adamw->measure();
@@ -180,7 +187,8 @@ StepResult Engine::step(const StepOptions& options) {
   e.adamw->step({.lr = options.lr,
                  .lr_device = options.lr_device,
                  .max_norm = options.max_norm,
-                 .nonfinite = flag});
+                 .nonfinite = flag,
+                 .from_contributions = sums});
   if (e.sharded()) {
     e.weight_gather->run();
     e.comm.all_gather(e.adamw->scales(), e.gathered_scales.data(),

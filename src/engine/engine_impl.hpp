@@ -17,10 +17,17 @@ struct Engine::Impl {
     Tensor weight;
     Tensor weight_transposed;  ///< [columns, rows], for formats that have it
     Tensor gradient;           ///< this rank's, whole, before and (two_shot) after the reduction
-    Tensor shard;              ///< sharded: the FP32 mean of the owned pieces
+    Tensor shard;              ///< sharded, where it is kept: the FP32 mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
     bool has_gradient = false;
+
+    /// Elements that this rank updates.
+    std::int64_t owned() const {
+      std::int64_t count = 0;
+      for (const Piece& piece : pieces) count += piece.count;
+      return count;
+    }
   };
 
   /// Parameters reduced together; one gradient dtype.
@@ -38,6 +45,7 @@ struct Engine::Impl {
   void build();
   void make_buckets();
   void allocate_parameters();
+  void allocate_reducers();
   void allocate_optimizer();
   void allocate_communication();
   void make_gathers();
@@ -45,8 +53,12 @@ struct Engine::Impl {
   void initialise();
   void describe();
   std::string describe_optimizer() const;
+  std::string describe_schedule() const;
 
   bool sharded() const { return plan.sharding == Sharding::optimizer && comm.size() > 1; }
+  /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
+  bool fused() const { return sharded() && config.schedule == Schedule::fused; }
+  bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }
   Param& param(ParamId id, const char* call);
   const Param& param(ParamId id, const char* call) const;
   const Param& frozen_param(ParamId id, const char* call) const;

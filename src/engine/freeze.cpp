@@ -56,6 +56,7 @@ void Engine::Impl::build() {
   try {
     make_buckets();
     allocate_parameters();
+    allocate_reducers();
     allocate_optimizer();
     allocate_communication();
     initialise();
@@ -82,7 +83,8 @@ void Engine::Impl::check_lists_agree() {
        << ", " << describe_formats(plan.formats) << ", bucket_elements " << config.bucket_elements
        << ", seed " << config.adamw.seed << ", decoupled_weight_decay "
        << config.adamw.decoupled_weight_decay << ", maximize " << config.adamw.maximize
-       << ", stochastic_rounding " << config.adamw.stochastic_rounding << "\n";
+       << ", stochastic_rounding " << config.adamw.stochastic_rounding << ", schedule "
+       << name_of(config.schedule) << ", clipping " << config.clipping << "\n";
   for (std::size_t i = 0; i < params.size(); ++i) {
     const ParamSpec& spec = params[i].spec;
     list << "parameter " << i << ": \"" << spec.name << "\" " << to_string(spec.shape) << ", "
@@ -164,6 +166,40 @@ void Engine::Impl::allocate_parameters() {
   }
 }
 
+void Engine::Impl::allocate_reducers() {
+  for (Param& p : params) {
+    if (!keeps_shards()) break;
+    const std::size_t before = ctx.memory_use().current;
+    p.shard = Tensor(ctx, DType::f32, Shape{p.owned()});
+    plan.count("reduced gradient shard", p.managed, false,
+               static_cast<std::uint64_t>(p.owned()) * sizeof(float),
+               ctx.memory_use().current - before);
+  }
+  const MeanReducer::Path path = keeps_shards() ? MeanReducer::Path::sharded
+                                 : sharded()    ? MeanReducer::Path::contributions
+                                                : MeanReducer::Path::two_shot;
+  const std::size_t before = ctx.memory_use().current;
+  std::uint64_t predicted = 0;
+  std::vector<std::int32_t> slot_of(params.size());
+  for (Bucket& bucket : buckets) {
+    std::vector<ReduceTensor> tensors;
+    for (int i : bucket.params) {
+      const Param& p = params[static_cast<std::size_t>(i)];
+      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(tensors.size());
+      tensors.push_back({p.gradient.view(), p.shard.view()});
+    }
+    Owners owners = bucket.owners;  // a reducer counts its tensors from 0
+    for (std::vector<Piece>& pieces : owners) {
+      for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
+    }
+    TensorScale* scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
+    bucket.reducer = std::make_unique<MeanReducer>(comm, path, tensors, scales, owners);
+    predicted += bucket.reducer->buffer_bytes();
+    plan.wire_bytes_per_step += bucket.reducer->payload_bytes();
+  }
+  plan.count("communication", true, false, predicted, ctx.memory_use().current - before);
+}
+
 void Engine::Impl::allocate_optimizer() {
   std::vector<AdamWParam> list;
   for (Param& p : params) {
@@ -177,25 +213,24 @@ void Engine::Impl::allocate_optimizer() {
     a.weight_transposed = p.weight_transposed.view();
     a.group = p.spec.group;
     if (sharded()) {
-      std::int64_t owned = 0;
-      for (const Piece& piece : p.pieces) owned += piece.count;
-      const std::size_t before = ctx.memory_use().current;
-      p.shard = Tensor(ctx, DType::f32, Shape{owned});
-      plan.count("reduced gradient shard", p.managed, false,
-                 static_cast<std::uint64_t>(owned) * sizeof(float),
-                 ctx.memory_use().current - before);
       a.gradient = p.shard.view();
       a.gradient_is_shard = true;
       a.pieces = p.pieces;
     }
     list.push_back(std::move(a));
   }
+  for (std::size_t b = 0; fused() && b < buckets.size(); ++b) {
+    const std::vector<RankGradients> contributions = buckets[b].reducer->contributions();
+    for (std::size_t k = 0; k < contributions.size(); ++k) {
+      list[static_cast<std::size_t>(buckets[b].params[k])].contributions = contributions[k];
+    }
+  }
   const std::size_t before = ctx.memory_use().current;
   adamw = std::make_unique<AdamW>(ctx, config.adamw, std::move(list));
   std::size_t tables = ctx.memory_use().current - before;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
-    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    const std::int64_t owned = sharded() ? p.owned() : p.spec.shape.numel();
     if (p.managed) plan.owned_fp8_parameters += owned;
     const StateFormats& f = p.formats.state;
     const AdamW::StateBytes bytes = adamw->state_bytes(static_cast<int>(i));
@@ -221,27 +256,8 @@ void Engine::Impl::allocate_optimizer() {
 }
 
 void Engine::Impl::allocate_communication() {
-  const MeanReducer::Path path =
-      sharded() ? MeanReducer::Path::sharded : MeanReducer::Path::two_shot;
   const std::size_t before = ctx.memory_use().current;
   std::uint64_t predicted = 0;
-  std::vector<std::int32_t> slot_of(params.size());
-  for (Bucket& bucket : buckets) {
-    std::vector<ReduceTensor> tensors;
-    for (int i : bucket.params) {
-      const Param& p = params[static_cast<std::size_t>(i)];
-      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(tensors.size());
-      tensors.push_back({p.gradient.view(), sharded() ? p.shard.view() : TensorView{}});
-    }
-    Owners owners = bucket.owners;  // a reducer counts its tensors from 0
-    for (std::vector<Piece>& pieces : owners) {
-      for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
-    }
-    TensorScale* scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
-    bucket.reducer = std::make_unique<MeanReducer>(comm, path, tensors, scales, owners);
-    predicted += bucket.reducer->buffer_bytes();
-    plan.wire_bytes_per_step += bucket.reducer->payload_bytes();
-  }
   if (sharded()) {
     make_gathers();
     gathered_scales = Buffer(
@@ -326,7 +342,7 @@ std::string Engine::Impl::describe_optimizer() const {
   std::string first;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
-    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    const std::int64_t owned = sharded() ? p.owned() : p.spec.shape.numel();
     all += owned;
     const std::string reason = adamw->general_code_reason(static_cast<int>(i));
     if (reason.empty() || owned == 0) continue;
@@ -338,6 +354,17 @@ std::string Engine::Impl::describe_optimizer() const {
   out << "general code, several times slower, for " << general << " of " << all
       << " elements, first for " << first;
   return out.str();
+}
+
+std::string Engine::Impl::describe_schedule() const {
+  if (!sharded()) {
+    return comm.size() == 1 ? "none to choose: one rank"
+                            : "none to choose: the optimizer is whole on every rank";
+  }
+  if (!fused()) return "overlap: FP32 means in the shard buffer, which AdamW reads";
+  return std::string("fused: AdamW sums the ranks' contributions in its own pass; ") +
+         (config.clipping ? "steps that clip fill the FP32 shard buffer first (clipping is true)"
+                          : "no FP32 shard buffer (clipping is false)");
 }
 
 void Engine::Impl::describe() {
@@ -362,6 +389,7 @@ void Engine::Impl::describe() {
     plan.reduction = "two_shot (send/receive, means rounded once and gathered)";
     plan.weight_gather = "written by every rank's own update";
   }
+  plan.schedule = describe_schedule();
   plan.optimizer = describe_optimizer();
   if (plan.level == Level::O2 && plan.sharding == Sharding::optimizer) {
     plan.notes.push_back("O2 with a sharded optimizer is what O3 presets");

@@ -42,6 +42,10 @@ std::string_view name_of(Sharding sharding) {
   return sharding == Sharding::none ? "none" : "optimizer";
 }
 
+std::string_view name_of(Schedule schedule) {
+  return schedule == Schedule::overlap ? "overlap" : "fused";
+}
+
 Level parse_level(std::string_view text) {
   for (Level level : {Level::O0, Level::O1, Level::O2, Level::O3}) {
     if (text == name_of(level)) return level;

@@ -331,6 +331,14 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
       {"maximize",
        {"maximize"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.maximize = true; }},
+      {"schedule",
+       {"schedule overlap", "schedule fused"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) {
+         config.schedule = Schedule::fused;
+       }},
+      {"clipping",
+       {"clipping"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.clipping = false; }},
       {"rounding",
        {"stochastic_rounding"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) {

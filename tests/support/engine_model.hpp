@@ -62,6 +62,7 @@ struct RunOptions {
   GradientFn gradient = common_gradient;
   float lr = 1e-3f;
   float max_norm = 0.0f;
+  int clip_every = 1;  ///< every so many steps one clips
 };
 
 using Bytes = std::vector<std::uint8_t>;
@@ -150,7 +151,8 @@ inline std::vector<RankResult> train(const RunOptions& options) {
     for (int step = 1; step <= options.steps; ++step) {
       hand_over(engine, ctx, options.gradient, comm.rank(), step);
       payload = comm.wire_bytes().payload;
-      const StepResult done = engine.step({.lr = options.lr, .max_norm = options.max_norm});
+      const float max_norm = step % options.clip_every == 0 ? options.max_norm : 0.0f;
+      const StepResult done = engine.step({.lr = options.lr, .max_norm = max_norm});
       payload = comm.wire_bytes().payload - payload;
       norms.push_back(done.norm.read_sync());
       result.step = done.step.read_sync();

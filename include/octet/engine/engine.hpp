@@ -28,6 +28,11 @@ struct EngineConfig {
   std::int64_t fp8_min_elements = 4096;
   /// Gradients are reduced in buckets of at least this many elements.
   std::int64_t bucket_elements = std::int64_t{32} << 20;
+  /// Of an optimizer that is cut over several ranks; others have nothing to choose.
+  Schedule schedule = Schedule::overlap;
+  /// Whether steps may clip. The norm is that of the means, so with `fused` this keeps the FP32
+  /// shard buffer (4 bytes per parameter that a rank owns), which only steps that clip fill.
+  bool clipping = true;
 };
 
 struct ParamSpec {
@@ -50,7 +55,8 @@ struct StepOptions {
   float lr = 0.0f;
   /// Read instead of `lr` when set: a device scalar, so that a captured step can change it.
   const float* lr_device = nullptr;
-  /// Clip the gradients to this global norm; 0 means no clipping.
+  /// Clip the gradients to this global norm; 0 means no clipping. Refused where
+  /// EngineConfig::clipping is false.
   float max_norm = 0.0f;
 };
 

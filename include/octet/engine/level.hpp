@@ -15,6 +15,12 @@ enum class Level : std::uint8_t { O0, O1, O2, O3 };
 /// Where the optimizer lives: whole on every rank, or cut into panels (ZeRO-1).
 enum class Sharding : std::uint8_t { none, optimizer };
 
+/// When an optimizer that is cut over ranks takes the gradients. The bits are the same.
+enum class Schedule : std::uint8_t {
+  overlap,  ///< every bucket is reduced into an FP32 shard buffer, AdamW reads that
+  fused     ///< AdamW sums the ranks' contributions itself: no buffer, no pass over it
+};
+
 struct Formats {
   DType gradient = DType::f32;
   StateFormats state = {};
@@ -28,6 +34,7 @@ Formats small_formats();
 Sharding sharding_of(Level level);
 std::string_view name_of(Level level);
 std::string_view name_of(Sharding sharding);
+std::string_view name_of(Schedule schedule);
 /// Throws octet::Error for anything but O0, O1, O2, O3.
 Level parse_level(std::string_view text);
 

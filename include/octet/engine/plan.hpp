@@ -32,6 +32,7 @@ struct Plan {
   std::int64_t owned_fp8_parameters = 0;  ///< whose optimizer state this rank holds
   int buckets = 0;
   std::string reduction;      ///< path and reason
+  std::string schedule;       ///< which one and why
   std::string weight_gather;  ///< path and reason
   std::string optimizer;      ///< how the update runs, and why not faster
   std::vector<std::string> notes;
