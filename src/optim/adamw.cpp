@@ -48,6 +48,9 @@ void check_weight(const std::string& what, const AdamWParam& param) {
   require(!needs_matrix(param.formats.weight) || param.shape.rank() == 2, what,
           ": formats.weight is ", name_of(param.formats.weight), ", but the shape ", param.shape,
           " is not that of a matrix");
+  require(param.weight_blocks == nullptr || param.formats.weight == WeightFormat::e4m3_tile, what,
+          ": weight_blocks is given, but formats.weight is ", name_of(param.formats.weight),
+          "; only e4m3_tile takes it");
   const TensorView& transposed = param.weight_transposed;
   if (!is_transposed(param.formats.weight)) {
     require(transposed.empty(), what, ": a transposed weight is given, but formats.weight is ",
@@ -243,7 +246,7 @@ std::size_t AdamW::grow_weight_blocks(const AdamWParam& param) {
                                    : 0);
   };
   const bool has_scales = has_block_scales(param.formats.weight);
-  add(weight_blocks_, has_scales, 0, 1);
+  add(weight_blocks_, has_scales && param.weight_blocks == nullptr, 0, 1);
   add(transposed_blocks_, has_scales && is_transposed(param.formats.weight), 1, 0);
   return ctx_.memory_use().current - before;
 }
@@ -282,7 +285,8 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.v_scale = scale(kV, i);
   tensor.weight = own_master ? param.weight.data : nullptr;
   tensor.weight_scale = scale(kWeight, i);
-  tensor.weight_blocks = weight_blocks_.back().as<float>();
+  tensor.weight_blocks =
+      param.weight_blocks != nullptr ? param.weight_blocks : weight_blocks_.back().as<float>();
   tensor.weight_transposed = param.weight_transposed.data;
   tensor.weight_transposed_blocks = transposed_blocks_.back().as<float>();
   tensor.rows = param.shape.rank() > 0 ? param.shape[0] : 1;
@@ -428,7 +432,7 @@ BlockScaledView AdamW::block_weight(int i) const {
           param.name, "\" is ", name_of(param.formats.weight), ", which has no scales of blocks");
   return {.data = param.weight,
           .granularity = granularity_of(param.formats.weight),
-          .scales = weight_blocks_[static_cast<std::size_t>(i)].data()};
+          .scales = tensors_host_[static_cast<std::size_t>(i)].weight_blocks};
 }
 
 BlockScaledView AdamW::block_weight_transposed(int i) const {

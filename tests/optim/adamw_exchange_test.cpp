@@ -337,6 +337,34 @@ TEST_CASE("contributions of more ranks than a row takes at once, and than it tak
   check_case({kPlain, DType::f32, 64});
 }
 
+TEST_CASE("scales of tiles go where the caller wants them") {
+  const Shape shape{300, 200};
+  for (const Context& ctx : test_contexts()) {
+    std::vector<Bytes> results;
+    for (bool is_given : {false, true}) {
+      const Tensor weight(ctx, DType::e4m3, shape), gradient(ctx, DType::f32, shape);
+      const Guarded blocks(ctx, scale_bytes_of(kTile, shape));
+      write(ctx, gradient.view().data, normal_values(60000, 3, 0.1f));
+      AdamWParam param;
+      param.shape = shape;
+      param.formats = kTile;
+      param.gradient = gradient.view();
+      param.weight = weight.view();
+      if (is_given) param.weight_blocks = static_cast<float*>(blocks.data());
+      AdamW optimizer(ctx, {}, {param});
+      const Buffer values = upload(ctx, normal_values(60000, 77, 0.02f));
+      optimizer.initialise(0, view_of(ctx, values, DType::f32, shape));
+      optimizer.measure();
+      optimizer.step({.lr = 1e-2f});
+      results.push_back(block_scale_bytes(ctx, optimizer, 0, kTile.weight));
+      CHECK((optimizer.block_weight(0).scales == blocks.data()) == is_given);
+      CHECK(optimizer.state_bytes(0).weight_blocks == (is_given ? 0 : blocks.bytes()));
+      CHECK(blocks.intact());
+    }
+    CHECK(first_difference(results[1], results[0]) == "");
+  }
+}
+
 TEST_CASE("what AdamW refuses of contributions and copies is named") {
   const Context ctx = Context::cpu();
   const Shape shape{4, 4};
@@ -374,6 +402,8 @@ TEST_CASE("what AdamW refuses of contributions and copies is named") {
   check([](AdamWParam& p) { p.weight_copies[0].data = nullptr; }, {"\"p\"", "copy 0", "null"});
   check([&](AdamWParam& p) { p.weight_copies[0].blocks = scales.as<float>(); },
         {"\"p\"", "copy 0", "blocks", "e4m3"});
+  check([&](AdamWParam& p) { p.weight_blocks = scales.as<float>(); },
+        {"\"p\"", "weight_blocks", "e4m3"});
   check([](AdamWParam& p) { p.formats.weight = WeightFormat::e4m3_tile; },
         {"\"p\"", "copy 0", "no blocks", "e4m3_tile"});
   check(

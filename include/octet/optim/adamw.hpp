@@ -49,6 +49,9 @@ struct AdamWParam {
   /// For a format that is also transposed the transposed weight [columns, rows] of a matrix, whole;
   /// else empty. A step writes what belongs to this rank's pieces.
   TensorView weight_transposed = {};
+  /// Where the scales of an e4m3_tile weight go: the caller's, scale_bytes() of them, for memory
+  /// that peers reach. Null: the optimizer's own.
+  float* weight_blocks = nullptr;
   /// Further places where a step writes what it writes of the compute weight, each whole and in its
   /// format: e4m3, bf16, f32 or e4m3_tile (with the tiles' scales). initialise() leaves them alone.
   std::vector<WeightCopy> weight_copies = {};
@@ -134,9 +137,10 @@ class AdamW {
   /// Scale of the compute weight of parameter i, in device memory, as of the last step. Where its
   /// blocks have scales this one is 1 and has the amax.
   TensorScale* weight_scale(int i) const;
-  /// The compute weight of parameter i with the scales of its blocks, which the optimizer owns, as
-  /// of the last step: what block_quantize() makes of the decoded master. A step writes what
-  /// belongs to this rank's pieces. Throws octet::Error for weights without scales of blocks.
+  /// The compute weight of parameter i with the scales of its blocks, which the optimizer owns
+  /// unless AdamWParam::weight_blocks says otherwise, as of the last step: what block_quantize()
+  /// makes of the decoded master. A step writes what belongs to this rank's pieces. Throws
+  /// octet::Error for weights without scales of blocks.
   BlockScaledView block_weight(int i) const;
   /// The transposed copy [columns, rows] of it, with the scales transposed. Throws octet::Error for
   /// formats other than e4m3_tile_and_transpose.
