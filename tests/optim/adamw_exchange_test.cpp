@@ -169,7 +169,8 @@ std::size_t scale_bytes_of(const StateFormats& formats, const Shape& shape) {
 
 /// What a copy must hold: the weight where this rank updates it, else what was there before.
 std::string copy_difference(const Context& ctx, const AdamW& optimizer, std::size_t i,
-                            const AdamWParam& param, const Guarded& copy, const Guarded& blocks) {
+                            const AdamWParam& param, std::size_t offset, const Guarded& copy,
+                            const Guarded& blocks) {
   if (!copy.intact() || !blocks.intact()) return "something before or behind the copy";
   const std::size_t width = size_of(param.weight.dtype);
   const Bytes weight = download_bytes(ctx, param.weight);
@@ -194,6 +195,7 @@ std::string copy_difference(const Context& ctx, const AdamW& optimizer, std::siz
       copy_run(scales, expected_blocks, static_cast<std::size_t>(piece.begin / panel) * line, line);
     }
   }
+  expected.insert(expected.begin(), offset, Guarded::kFill);
   const std::string difference = first_difference(copy.values<std::uint8_t>(), expected);
   if (!difference.empty()) return "codes: " + difference;
   const std::string of_blocks = first_difference(blocks.values<std::uint8_t>(), expected_blocks);
@@ -210,11 +212,14 @@ void check_row_taken(const Context& ctx, const AdamW& optimizer, std::size_t i, 
         (is_fast ? adamw_row_of(gradient, formats) : 0));
 }
 
-/// Everything stored after three steps. Copies of the weight are checked here.
+/// Everything stored after three steps. Contributions and copies start `offset` elements past an
+/// aligned address. Copies of the weight are checked here.
 Bytes bytes_after(const Context& ctx, const ExchangeCase& what, const HostGradients& host,
                   Source source, Layout layout, std::int64_t offset, int copy_count) {
   const std::vector<Shape> shapes = shapes_of(what.formats);
   const Contributions contributions(ctx, what, shapes, host, offset);
+  const auto copy_offset =
+      static_cast<std::size_t>(offset) * size_of(dtype_of(what.formats.weight));
   std::vector<Tensor> weights, shards;
   std::vector<Guarded> copies;
   std::vector<AdamWParam> params;
@@ -234,11 +239,12 @@ Bytes bytes_after(const Context& ctx, const ExchangeCase& what, const HostGradie
     weights.emplace_back(ctx, dtype_of(what.formats.weight), shapes[i]);
     param.weight = weights.back().view();
     for (int c = 0; c < copy_count; ++c) {
-      copies.emplace_back(ctx, param.weight.bytes());
+      copies.emplace_back(ctx, param.weight.bytes() + copy_offset);
       copies.emplace_back(ctx, scale_bytes_of(what.formats, shapes[i]));
       const Guarded &codes = copies[copies.size() - 2], &blocks = copies.back();
       param.weight_copies.push_back(
-          {codes.data(), blocks.bytes() > 0 ? static_cast<float*>(blocks.data()) : nullptr});
+          {static_cast<char*>(codes.data()) + copy_offset,
+           blocks.bytes() > 0 ? static_cast<float*>(blocks.data()) : nullptr});
     }
     params.push_back(param);
   }
@@ -272,7 +278,8 @@ Bytes bytes_after(const Context& ctx, const ExchangeCase& what, const HostGradie
       const std::size_t at =
           2 * (i * static_cast<std::size_t>(copy_count) + static_cast<std::size_t>(c));
       INFO("copy " << c << " of " << params[i].name);
-      CHECK(copy_difference(ctx, optimizer, i, params[i], copies[at], copies[at + 1]) == "");
+      CHECK(copy_difference(ctx, optimizer, i, params[i], copy_offset, copies[at],
+                            copies[at + 1]) == "");
     }
   }
   append(bytes_of(download<TensorScale>(ctx, optimizer.scales(),
@@ -303,6 +310,7 @@ void check_case(const ExchangeCase& what) {
     check(Source::contributions, Layout::own_whole, 0, 1);
     check(Source::contributions, Layout::own_whole, 1, 1);
     check(Source::shard, Layout::whole, 0, 2);
+    check(Source::shard, Layout::whole, 1, 1);
     check(Source::both, Layout::own_whole, 0, 1);
   }
 }
