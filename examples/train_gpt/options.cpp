@@ -25,6 +25,7 @@ struct Arguments {
   std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
   std::optional<int> ranks, layers, width, heads, context, batch;
   std::optional<float> lr;
+  float clip_grad = 1.0f;
   int steps = 300, log_every = 20, micro_batches = 1;
   std::string schedule = "auto";
   std::optional<std::int64_t> bucket_elements;
@@ -69,11 +70,15 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
                  "gradients are summed and reduced once (default: 1)");
   app.add_option("--schedule", a.schedule,
                  "overlap (gradients are reduced during backward, on a stream of their own), "
-                 "after_backward or auto (overlap on CUDA with several ranks; default: auto)");
+                 "after_backward, fused (inside the update of an optimizer that is cut over ranks: "
+                 "O3, with --clip-grad 0) or auto (overlap on CUDA with several ranks, else "
+                 "after_backward; default: auto)");
   app.add_option("--bucket-elements", a.bucket_elements,
                  "Gradients are reduced in buckets of at least so many elements (default: 4194304 "
                  "with overlap, of which only the last bucket is waited for, else 33554432)");
   app.add_option("--lr", a.lr, "Peak learning rate (default: 2e-3; on CUDA 1e-3)");
+  app.add_option("--clip-grad", a.clip_grad,
+                 "Norm that gradients are clipped to; 0 for no clipping (default: 1)");
   app.add_option("--seed", a.seed, "Seed of weights, batches and rounding (default: 1)");
   app.add_option("--log-every", a.log_every,
                  "Steps between progress lines in a file (default: 20)");
@@ -169,8 +174,9 @@ int choose_ranks(std::optional<int> asked, DeviceType device) {
 }
 
 octet::Schedule choose_schedule(const std::string& text, DeviceType device, int ranks) {
-  require(text == "auto" || text == "overlap" || text == "after_backward", "--schedule ", text,
-          ": must be auto, overlap or after_backward");
+  require(text == "auto" || text == "overlap" || text == "after_backward" || text == "fused",
+          "--schedule ", text, ": must be auto, overlap, after_backward or fused");
+  if (text == "fused") return octet::Schedule::fused;
   const bool overlaps =
       text == "overlap" || (text == "auto" && device == DeviceType::cuda && ranks > 1);
   return overlaps ? octet::Schedule::overlap : octet::Schedule::after_backward;
@@ -201,6 +207,20 @@ void check_model(const GptConfig& model) {
           model.heads, ": a head may be at most ", kMaxHeadWidth, " wide");
 }
 
+/// The sum inside the update leaves no means, whose norm clipping needs.
+void check_fused(const Options& options) {
+  if (options.schedule != octet::Schedule::fused) return;
+  require(options.ranks > 1, "--schedule fused: is for several ranks, but --ranks is ",
+          options.ranks);
+  for (const Setup& setup : options.setups) {
+    require(octet::sharding_of(setup.level) == octet::Sharding::optimizer,
+            "--schedule fused: is for --levels O3, whose optimizer is cut over ranks, not ",
+            setup.name);
+  }
+  require(options.clip_grad == 0.0f, "--schedule fused: needs --clip-grad 0, but it is ",
+          options.clip_grad);
+}
+
 void check_training(const Options& options) {
   require(options.steps >= 1, "--steps ", options.steps, ": must be at least 1");
   require(options.log_every >= 1, "--log-every ", options.log_every, ": must be at least 1");
@@ -214,6 +234,8 @@ void check_training(const Options& options) {
           options.batch, " over --ranks ", options.ranks);
   require(std::isfinite(options.lr) && options.lr > 0.0f, "--lr ", options.lr,
           ": must be a positive number");
+  require(std::isfinite(options.clip_grad) && options.clip_grad >= 0.0f, "--clip-grad ",
+          options.clip_grad, ": must be a positive number, or 0 for no clipping");
   if (!options.json.empty()) {
     const auto folder = std::filesystem::absolute(options.json).parent_path();
     require(std::filesystem::is_directory(folder), "--json ", options.json, ": there is no folder ",
@@ -248,10 +270,12 @@ std::optional<Options> parse_options(int argc, char** argv) {
   options.lr = arguments.lr.value_or(defaults.lr);
   require(arguments.seed >= 0, "--seed ", arguments.seed, ": must not be negative");
   options.seed = static_cast<std::uint64_t>(arguments.seed);
+  options.clip_grad = arguments.clip_grad;
   options.log_every = arguments.log_every;
   options.json = arguments.json;
   check_model(options.model);
   check_training(options);
+  check_fused(options);
   return options;
 }
 

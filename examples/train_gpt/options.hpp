@@ -31,6 +31,7 @@ struct Options {
   GptConfig model;
   int batch = 0;  ///< rows of the global batch
   float lr = 0.0f;
+  float clip_grad = 1.0f;  ///< 0: no clipping
   std::uint64_t seed = 0;
   int log_every = 20;
   std::string json;  ///< empty: no file

@@ -44,6 +44,7 @@ nlohmann::ordered_json to_json(const RunResult& run) {
           {"sharding", octet::name_of(run.sharding)},
           {"ranks", run.ranks},
           {"schedule", octet::name_of(run.schedule)},
+          {"clip_grad", run.clip_grad},
           {"micro_batches", run.micro_batches},
           {"device", name_of(run.device)},
           {"parameters", run.parameters},

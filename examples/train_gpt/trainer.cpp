@@ -15,7 +15,6 @@
 namespace train_gpt {
 namespace {
 
-constexpr float kMaxNorm = 1.0f;
 constexpr float kWeightDecay = 0.1f;
 constexpr std::int64_t kMostValidationBatches = 40;
 /// On CUDA the losses are read back, and so the host waits, only every so many steps.
@@ -88,6 +87,8 @@ class RankTrainer {
                  .formats = engine_formats(setup, options.model.fp8.recipe),
                  .adamw = {.weight_decay = kWeightDecay, .seed = options.seed},
                  .bucket_elements = options.bucket_elements,
+                 .schedule = options.schedule,
+                 .clipping = options.clip_grad > 0.0f,
                  .micro_batches = options.model.micro_batches}),
         model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_pass(),
                options.seed),
@@ -160,7 +161,7 @@ class RankTrainer {
       model_.backward(windows);
     }
     octet::StepResult result = engine_.step(
-        {.lr = learning_rate(options_.lr, step, options_.steps), .max_norm = kMaxNorm});
+        {.lr = learning_rate(options_.lr, step, options_.steps), .max_norm = options_.clip_grad});
     model_.end_step();
     return result;
   }
@@ -236,6 +237,7 @@ RunResult summarise(const Options& options, const Setup& setup,
   result.sharding = first.plan.sharding;
   result.ranks = options.ranks;
   result.schedule = options.schedule;
+  result.clip_grad = options.clip_grad;
   result.micro_batches = options.model.micro_batches;
   result.device = options.device;
   result.parameters = first.plan.parameters;

@@ -143,6 +143,12 @@ void check_gradients(const std::vector<ReduceTensor>& tensors, Device device) {
   }
 }
 
+const char* name_of(MeanReducer::Path path) {
+  return path == MeanReducer::Path::sharded    ? "sharded"
+         : path == MeanReducer::Path::two_shot ? "two_shot"
+                                               : "contributions";
+}
+
 // What belongs to `shard` depends on the path.
 void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path path,
                   const std::vector<Piece>& own, Device device) {
@@ -150,9 +156,10 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
   for (const Piece& piece : own) owned[index(piece.tensor)] += piece.count;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const TensorView& shard = tensors[i].shard;
-    if (path == MeanReducer::Path::two_shot) {
-      require(shard.empty(), "MeanReducer: tensor ", i,
-              " has a shard; two_shot puts the mean where the gradient was");
+    if (path != MeanReducer::Path::sharded) {
+      require(shard.empty(), "MeanReducer: tensor ", i, " has a shard; ",
+              path == MeanReducer::Path::two_shot ? "two_shot puts the mean where the gradient was"
+                                                  : "contributions makes no mean");
       continue;
     }
     if (shard.empty() && owned[i] == 0) continue;
@@ -168,10 +175,7 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
 
 MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
                          TensorScale* scales, const Owners& owners, int bucket)
-    : comm_(comm),
-      path_(path),
-      name_{path == Path::sharded ? "sharded" : "two_shot", bucket},
-      scales_(scales) {
+    : comm_(comm), path_(path), name_{name_of(path), bucket}, scales_(scales) {
   const Context& ctx = comm.context();
   const auto rank = static_cast<std::size_t>(comm.rank());
   check_gradients(tensors, ctx.device());
@@ -184,7 +188,7 @@ MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<Reduce
   args_.ranks = comm.size();
   args_.rank = comm.rank();
   args_.dtype = tensors[0].gradient.dtype;
-  args_.out_dtype = path == Path::sharded ? DType::f32 : args_.dtype;
+  args_.out_dtype = path == Path::two_shot ? args_.dtype : DType::f32;
   args_.tensor_count = static_cast<std::int64_t>(tensors.size());
   // All ranks' scales, then, for two_shot on one rank, those of the means, which it does not adopt.
   const bool keeps_scales = comm.size() == 1 && path == Path::two_shot;
@@ -195,8 +199,27 @@ MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<Reduce
   if (keeps_scales) return;
 
   const Owners runs = merged(owners);
-  plan_pieces(tensors, runs[rank]);
+  plan_staging(tensors, runs[rank]);
+  if (path != Path::contributions) plan_pieces(tensors, runs[rank]);
   plan_parts(tensors, runs);
+}
+
+// A block of staging holds one peer's part of this rank's shards, one after the other.
+void MeanReducer::plan_staging(const std::vector<ReduceTensor>& tensors,
+                               const std::vector<Piece>& own) {
+  std::vector<std::size_t> bytes(tensors.size(), 0);
+  for (const Piece& piece : own) bytes[index(piece.tensor)] += bytes_of(piece, args_.dtype);
+  std::size_t stride = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    gradients_.push_back(tensors[i].gradient.data);
+    staged_.push_back(static_cast<std::int64_t>(stride));
+    stride += aligned(bytes[i]);
+  }
+  if (args_.ranks > 1) {
+    staging_ = Buffer(comm_.context(), stride * static_cast<std::size_t>(args_.ranks));
+  }
+  args_.staging = staging_.data();
+  args_.stride = static_cast<std::int64_t>(stride);
 }
 
 // Where this rank's pieces lie: its own contribution, the peers' in staging, and the mean.
@@ -204,27 +227,22 @@ void MeanReducer::plan_pieces(const std::vector<ReduceTensor>& tensors,
                               const std::vector<Piece>& own) {
   std::vector<MeanPiece> pieces;
   std::vector<std::int64_t> local(tensors.size(), 0);
-  std::size_t staged = 0;
   for (const Piece& piece : own) {
-    const ReduceTensor& tensor = tensors[index(piece.tensor)];
+    const std::size_t t = index(piece.tensor);
+    const ReduceTensor& tensor = tensors[t];
     MeanPiece entry;
     entry.tensor = piece.tensor;
     entry.count = piece.count;
     entry.own = address_of(tensor.gradient, piece.begin);
-    entry.staged = static_cast<std::int64_t>(staged);
-    entry.out = path_ == Path::sharded ? address_of(tensor.shard, local[index(piece.tensor)])
+    entry.staged = staged_[t] + local[t] * static_cast<std::int64_t>(size_of(args_.dtype));
+    entry.out = path_ == Path::sharded ? address_of(tensor.shard, local[t])
                                        : address_of(tensor.gradient, piece.begin);
-    local[index(piece.tensor)] += piece.count;
-    staged += aligned(bytes_of(piece, args_.dtype));
+    local[t] += piece.count;
     pieces.push_back(entry);
   }
-  const Context& ctx = comm_.context();
-  pieces_ = upload_sync<MeanPiece>(ctx, std::span<const MeanPiece>(pieces));
-  if (args_.ranks > 1) staging_ = Buffer(ctx, staged * static_cast<std::size_t>(args_.ranks));
+  pieces_ = upload_sync<MeanPiece>(comm_.context(), std::span<const MeanPiece>(pieces));
   args_.pieces = pieces_.as<MeanPiece>();
   args_.piece_count = static_cast<std::int64_t>(pieces.size());
-  args_.staging = staging_.data();
-  args_.stride = static_cast<std::int64_t>(staged);
 }
 
 void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Owners& owners) {
@@ -234,11 +252,12 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
       const TensorView& gradient = tensors[index(piece.tensor)].gradient;
       sends_.push_back({address_of(gradient, piece.begin), bytes_of(piece, gradient.dtype), peer});
     }
-    auto* block = staging_.as<char>() + peer * args_.stride;
+    std::vector<std::int64_t> staged = staged_;
     for (const Piece& piece : owners[static_cast<std::size_t>(args_.rank)]) {
       const std::size_t bytes = bytes_of(piece, args_.dtype);
-      recvs_.push_back({block, bytes, peer});
-      block += aligned(bytes);
+      std::int64_t& at = staged[index(piece.tensor)];
+      recvs_.push_back({staging_.as<char>() + peer * args_.stride + at, bytes, peer});
+      at += static_cast<std::int64_t>(bytes);
     }
   }
   if (path_ == Path::two_shot) {
@@ -247,24 +266,61 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
   payload_ = total_bytes(sends_) + total_bytes(gather_sends_);
 }
 
-void MeanReducer::run(std::uint32_t* nonfinite) {
-  require(nonfinite != nullptr, "MeanReducer::run: nonfinite is null; it must be a device word");
-  comm_.check();
-  if (args_.tensor_count == 0) return;
-  const CollectiveScope scope(comm_, name_);
+// The scales of the means, and whether those are what the tensors' scales become.
+bool MeanReducer::share_scales(std::uint32_t* nonfinite) {
   const Context& ctx = comm_.context();
   MeanArgs args = args_;
   args.nonfinite = nonfinite;
   comm_.all_gather(scales_, gathered_.data(),
                    static_cast<std::size_t>(args.tensor_count) * sizeof(TensorScale));
   mean_scales(ctx, args);
-  if (args.mean_scales != scales_) {
-    max_amax(ctx, args.mean_scales, 1, args.tensor_count, scales_);
-    return;
-  }
-  if (args.ranks > 1) comm_.exchange(sends_, recvs_);
-  reduce_mean(ctx, args);
+  if (args.mean_scales == scales_) return true;
+  max_amax(ctx, args.mean_scales, 1, args.tensor_count, scales_);
+  return false;
+}
+
+void MeanReducer::collect(std::uint32_t* nonfinite) {
+  require(nonfinite != nullptr,
+          "MeanReducer::collect: nonfinite is null; it must be a device word");
+  require(path_ != Path::two_shot,
+          "MeanReducer::collect: the path is two_shot, which gathers means");
+  comm_.check();
+  if (args_.tensor_count == 0) return;
+  const CollectiveScope scope(comm_, name_);
+  share_scales(nonfinite);
+  if (args_.ranks > 1) comm_.exchange(sends_, recvs_);
+}
+
+void MeanReducer::run(std::uint32_t* nonfinite) {
+  require(nonfinite != nullptr, "MeanReducer::run: nonfinite is null; it must be a device word");
+  require(path_ != Path::contributions,
+          "MeanReducer::run: the path is contributions, which makes no means; call collect()");
+  comm_.check();
+  if (args_.tensor_count == 0) return;
+  const CollectiveScope scope(comm_, name_);
+  if (!share_scales(nonfinite)) return;
+  if (args_.ranks > 1) comm_.exchange(sends_, recvs_);
+  reduce_mean(comm_.context(), args_);
   if (path_ == Path::two_shot) comm_.exchange(gather_sends_, gather_recvs_);
+}
+
+std::vector<RankGradients> MeanReducer::contributions() const {
+  require(path_ != Path::two_shot,
+          "MeanReducer::contributions: the path is two_shot, which gathers means");
+  std::vector<RankGradients> result;
+  for (std::size_t i = 0; i < staged_.size(); ++i) {
+    RankGradients from;
+    from.dtype = args_.dtype;
+    from.scales = args_.scales + i;
+    from.scale_stride = args_.tensor_count;
+    for (int r = 0; r < args_.ranks; ++r) {
+      const bool is_own = r == args_.rank;
+      const char* shard = staging_.as<char>() + r * args_.stride + staged_[i];
+      from.ranks.push_back({is_own ? gradients_[i] : shard, !is_own});
+    }
+    result.push_back(std::move(from));
+  }
+  return result;
 }
 
 std::size_t MeanReducer::buffer_bytes() const {

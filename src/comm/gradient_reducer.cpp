@@ -6,7 +6,9 @@
 namespace octet {
 
 std::string_view name_of(Schedule schedule) {
-  return schedule == Schedule::overlap ? "overlap" : "after_backward";
+  return schedule == Schedule::overlap ? "overlap"
+         : schedule == Schedule::fused ? "fused"
+                                       : "after_backward";
 }
 
 GradientReducer::GradientReducer(const Context& ctx, Communicator& comm, MeanReducer::Path path,
@@ -14,6 +16,9 @@ GradientReducer::GradientReducer(const Context& ctx, Communicator& comm, MeanRed
                                  std::uint32_t* nonfinite, Schedule schedule)
     : ctx_(ctx), streams_(ctx, comm.context()), schedule_(schedule), nonfinite_(nonfinite) {
   require(nonfinite != nullptr, "GradientReducer: nonfinite is null; it must be a device word");
+  require(schedule != Schedule::fused || path != MeanReducer::Path::two_shot,
+          "GradientReducer: the schedule is fused and the path two_shot; fused needs sharded or "
+          "contributions");
   register_params(buckets);
   zero_scale_ = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
   for (const GradientBucket& bucket : buckets) {
@@ -42,7 +47,7 @@ void GradientReducer::register_params(const std::vector<GradientBucket>& buckets
       require(gradient.scale == nullptr, "GradientReducer: parameter ", param, " is in bucket ",
               gradient.bucket, " and in bucket ", b, "; each is in one, once");
       require(bucket.scales != nullptr, "GradientReducer: the scales of bucket ", b, " are null");
-      gradient = {b, bucket.tensors[t].gradient, bucket.scales + t, false};
+      gradient = {b, t, bucket.tensors[t].gradient, bucket.scales + t, false};
     }
   }
 }
@@ -91,9 +96,30 @@ void GradientReducer::zero_missing() {
 void GradientReducer::finish() {
   zero_missing();
   launch_ready();
+  end_pass();
+}
+
+void GradientReducer::collect() {
+  require(schedule_ == Schedule::fused, "GradientReducer::collect: the schedule is ",
+          name_of(schedule_), "; it must be fused");
+  zero_missing();
+  if (!buckets_.empty()) streams_.fork();
+  while (next_ < buckets_.size()) buckets_[next_++].mean->collect(nonfinite_);
+  end_pass();
+}
+
+void GradientReducer::end_pass() {
   if (next_ > 0) streams_.join();
   next_ = 0;
   for (Bucket& bucket : buckets_) bucket.missing = bucket.size;
+}
+
+std::vector<RankGradients> GradientReducer::contributions() const {
+  std::vector<std::vector<RankGradients>> of_bucket;
+  for (const Bucket& bucket : buckets_) of_bucket.push_back(bucket.mean->contributions());
+  std::vector<RankGradients> result;
+  for (const Gradient& g : gradients_) result.push_back(std::move(of_bucket[g.bucket][g.tensor]));
+  return result;
 }
 
 std::uint64_t GradientReducer::payload_bytes() const {

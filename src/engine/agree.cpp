@@ -41,11 +41,11 @@ void list_configuration(std::ostream& out, const Plan& plan, const EngineConfig&
       << name_of(plan.formats.gradient) << "\nmaster format " << name_of(f.master)
       << "\nformat of m " << name_of(f.m) << "\nformat of v " << name_of(f.v)
       << "\nbucket_elements " << config.bucket_elements << "\nschedule " << name_of(schedule)
-      << "\nmicro_batches " << config.micro_batches << "\naccumulator "
-      << name_of(config.accumulator.value_or(DType::f32)) << "\nranks " << ranks << "\nseed "
-      << config.adamw.seed << "\ndecoupled_weight_decay " << config.adamw.decoupled_weight_decay
-      << "\nmaximize " << config.adamw.maximize << "\nstochastic_rounding "
-      << config.adamw.stochastic_rounding << "\n";
+      << "\nclipping " << config.clipping << "\nmicro_batches " << config.micro_batches
+      << "\naccumulator " << name_of(config.accumulator.value_or(DType::f32)) << "\nranks " << ranks
+      << "\nseed " << config.adamw.seed << "\ndecoupled_weight_decay "
+      << config.adamw.decoupled_weight_decay << "\nmaximize " << config.adamw.maximize
+      << "\nstochastic_rounding " << config.adamw.stochastic_rounding << "\n";
 }
 
 // Where one list is longer, the other has "no further parameter".

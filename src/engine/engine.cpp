@@ -35,6 +35,10 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   impl_->plan.level = config.level;
   impl_->plan.sharding = config.sharding.value_or(sharding_of(config.level));
   impl_->plan.formats = config.formats.value_or(formats_of(config.level));
+  require(config.schedule != Schedule::fused || impl_->sharded(),
+          "Engine: schedule is fused and sharding is ", name_of(impl_->plan.sharding), " over ",
+          comm.size(), comm.size() == 1 ? " rank" : " ranks",
+          "; fused needs sharding = optimizer over more than one rank");
   check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
   impl_->check_accumulator();
   const StateFormats& formats = impl_->plan.formats.state;
@@ -147,8 +151,12 @@ StepResult Engine::step(const StepOptions& options) {
           "Engine::step: lr is ", options.lr, "; it must be finite and not negative");
   require(options.max_norm >= 0.0f && std::isfinite(options.max_norm), "Engine::step: max_norm is ",
           options.max_norm, "; it must be finite and positive, or 0 for no clipping");
+  require(e.config.clipping || options.max_norm == 0.0f, "Engine::step: max_norm is ",
+          options.max_norm,
+          ", but EngineConfig::clipping is false; it must be true for steps that clip");
   e.comm.check();  // nothing is changed after a collective has failed
-  e.finish_gradients();
+  const bool sums = e.fused() && options.max_norm == 0.0f;
+  e.finish_gradients(sums);
   e.share_flag();
   if (options.max_norm > 0.0f) {
     e.adamw->measure();
@@ -157,7 +165,8 @@ StepResult Engine::step(const StepOptions& options) {
   e.adamw->step({.lr = options.lr,
                  .lr_device = options.lr_device,
                  .max_norm = options.max_norm,
-                 .nonfinite = e.nonfinite()});
+                 .nonfinite = e.nonfinite(),
+                 .from_contributions = sums});
   e.gather_weights();
   const AdamwScalars* s = e.adamw->scalars();
   return {.norm = {e.ctx, &s->norm}, .step = {e.ctx, &s->step}, .skipped = {e.ctx, &s->skipped}};

@@ -19,10 +19,17 @@ struct Engine::Impl {
     Tensor weight_transposed;  ///< [columns, rows], for formats that have it
     Tensor gradient;           ///< this rank's, whole, before and (two_shot) after the reduction
     Tensor accumulator;        ///< of micro-batches, where they are not summed in `gradient`
-    Tensor shard;              ///< sharded: the FP32 mean of the owned pieces
+    Tensor shard;              ///< sharded, where it is kept: the FP32 mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
     int gradients = 0;          ///< handed over since the last step
+
+    /// Elements that this rank updates.
+    std::int64_t owned() const {
+      std::int64_t count = 0;
+      for (const Piece& piece : pieces) count += piece.count;
+      return count;
+    }
   };
 
   /// Parameters reduced together; one gradient dtype.
@@ -40,6 +47,7 @@ struct Engine::Impl {
   void make_buckets();
   void allocate_parameters();
   void allocate_accumulators();
+  void allocate_reducer();
   void allocate_optimizer();
   void allocate_communication();
   void make_gathers();
@@ -48,8 +56,13 @@ struct Engine::Impl {
   void describe();
   void describe_gradients();
   std::string describe_optimizer() const;
+  std::string describe_schedule() const;
+  std::string describe_reduction() const;
 
   bool sharded() const { return plan.sharding == Sharding::optimizer && comm.size() > 1; }
+  /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
+  bool fused() const { return sharded() && schedule() == Schedule::fused; }
+  bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }
   Param& param(ParamId id, const char* call);
   const Param& param(ParamId id, const char* call) const;
   const Param& frozen_param(ParamId id, const char* call) const;
@@ -64,8 +77,8 @@ struct Engine::Impl {
   void accumulate_gradient(Param& p, const TensorView& gradient);
   /// Makes the sum of micro-batches the gradient that is reduced.
   void store_sum(Param& p);
-  /// Ends the backward pass: all gradients are reduced.
-  void finish_gradients();
+  /// Ends the backward pass: all gradients are reduced, or only brought together.
+  void finish_gradients(bool sums_contributions);
 
   /// Any rank's flag becomes every rank's.
   void share_flag();

@@ -26,6 +26,7 @@ void Engine::Impl::build() {
   try {
     make_buckets();
     allocate_parameters();
+    allocate_reducer();
     allocate_optimizer();
     allocate_communication();
     initialise();
@@ -108,6 +109,41 @@ void Engine::Impl::allocate_accumulators() {
   }
 }
 
+void Engine::Impl::allocate_reducer() {
+  for (Param& p : params) {
+    if (!keeps_shards()) break;
+    const std::size_t before = ctx.memory_use().current;
+    p.shard = Tensor(ctx, DType::f32, Shape{p.owned()});
+    plan.count("reduced gradient shard", p.managed, false,
+               static_cast<std::uint64_t>(p.owned()) * sizeof(float),
+               ctx.memory_use().current - before);
+  }
+  std::vector<GradientBucket> list;
+  std::vector<std::int32_t> slot_of(params.size());
+  for (const Bucket& bucket : buckets) {
+    GradientBucket b;
+    b.params = bucket.params;
+    for (int i : bucket.params) {
+      const Param& p = params[static_cast<std::size_t>(i)];
+      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(b.tensors.size());
+      b.tensors.push_back({p.gradient.view(), p.shard.view()});
+    }
+    b.owners = bucket.owners;
+    for (std::vector<Piece>& pieces : b.owners) {
+      for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
+    }
+    b.scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
+    list.push_back(std::move(b));
+  }
+  const MeanReducer::Path path = keeps_shards() ? MeanReducer::Path::sharded
+                                 : sharded()    ? MeanReducer::Path::contributions
+                                                : MeanReducer::Path::two_shot;
+  const std::size_t before = memory_in_use();
+  reducer = std::make_unique<GradientReducer>(ctx, comm, path, list, nonfinite(), schedule());
+  plan.wire_bytes_per_step += reducer->payload_bytes();
+  plan.count("communication", true, false, reducer->buffer_bytes(), memory_in_use() - before);
+}
+
 void Engine::Impl::allocate_optimizer() {
   std::vector<AdamWParam> list;
   for (Param& p : params) {
@@ -121,25 +157,24 @@ void Engine::Impl::allocate_optimizer() {
     a.weight_transposed = p.weight_transposed.view();
     a.group = p.spec.group;
     if (sharded()) {
-      std::int64_t owned = 0;
-      for (const Piece& piece : p.pieces) owned += piece.count;
-      const std::size_t before = ctx.memory_use().current;
-      p.shard = Tensor(ctx, DType::f32, Shape{owned});
-      plan.count("reduced gradient shard", p.managed, false,
-                 static_cast<std::uint64_t>(owned) * sizeof(float),
-                 ctx.memory_use().current - before);
       a.gradient = p.shard.view();
       a.gradient_is_shard = true;
       a.pieces = p.pieces;
     }
     list.push_back(std::move(a));
   }
+  if (fused()) {
+    std::vector<RankGradients> contributions = reducer->contributions();
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      list[i].contributions = std::move(contributions[i]);
+    }
+  }
   const std::size_t before = ctx.memory_use().current;
   adamw = std::make_unique<AdamW>(ctx, config.adamw, std::move(list));
   std::size_t tables = ctx.memory_use().current - before;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
-    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    const std::int64_t owned = sharded() ? p.owned() : p.spec.shape.numel();
     if (p.managed) plan.owned_fp8_parameters += owned;
     const StateFormats& f = p.formats.state;
     const AdamW::StateBytes bytes = adamw->state_bytes(static_cast<int>(i));
@@ -166,28 +201,7 @@ void Engine::Impl::allocate_optimizer() {
 
 void Engine::Impl::allocate_communication() {
   const std::size_t before = memory_in_use();
-  std::vector<GradientBucket> list;
-  std::vector<std::int32_t> slot_of(params.size());
-  for (const Bucket& bucket : buckets) {
-    GradientBucket b;
-    b.params = bucket.params;
-    for (int i : bucket.params) {
-      const Param& p = params[static_cast<std::size_t>(i)];
-      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(b.tensors.size());
-      b.tensors.push_back({p.gradient.view(), sharded() ? p.shard.view() : TensorView{}});
-    }
-    b.owners = bucket.owners;
-    for (std::vector<Piece>& pieces : b.owners) {
-      for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
-    }
-    b.scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
-    list.push_back(std::move(b));
-  }
-  reducer = std::make_unique<GradientReducer>(
-      ctx, comm, sharded() ? MeanReducer::Path::sharded : MeanReducer::Path::two_shot, list,
-      nonfinite(), schedule());
-  std::uint64_t predicted = reducer->buffer_bytes();
-  plan.wire_bytes_per_step += reducer->payload_bytes();
+  std::uint64_t predicted = 0;
   if (sharded()) {
     make_gathers();
     gathered_scales =
@@ -279,7 +293,7 @@ std::string Engine::Impl::describe_optimizer() const {
   std::string first;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
-    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    const std::int64_t owned = sharded() ? p.owned() : p.spec.shape.numel();
     all += owned;
     const std::string reason = adamw->general_code_reason(static_cast<int>(i));
     if (reason.empty() || owned == 0) continue;
@@ -293,23 +307,39 @@ std::string Engine::Impl::describe_optimizer() const {
   return out.str();
 }
 
+std::string Engine::Impl::describe_schedule() const {
+  if (comm.size() == 1) return "one rank: nothing to overlap";
+  if (fused()) {
+    return std::string("fused: after backward, summed inside AdamW's pass; ") +
+           (config.clipping ? "steps that clip fill the FP32 shard buffer first (clipping is true)"
+                            : "no FP32 shard buffer (clipping is false)");
+  }
+  if (schedule() == Schedule::overlap) {
+    return ctx.device().type == DeviceType::cpu
+               ? "overlap: each bucket is reduced during backward, in the calling thread, because "
+                 "a CPU has no second stream"
+               : "overlap: reduced during backward on the communicator's own stream";
+  }
+  return streams.is_apart()
+             ? "after backward, as configured"
+             : "after backward, one stream, because the communicator shares the engine's stream";
+}
+
+std::string Engine::Impl::describe_reduction() const {
+  if (comm.size() == 1) return "none (one rank)";
+  if (!sharded()) return "two_shot (send/receive, means rounded once and gathered)";
+  if (!keeps_shards()) return "contributions (send/receive, summed by the owner's AdamW)";
+  return fused() ? "sharded (send/receive, summed by the owner's AdamW, or FP32 means where a step "
+                   "clips)"
+                 : "sharded (send/receive, FP32 means straight into the owner's AdamW)";
+}
+
 void Engine::Impl::describe_gradients() {
   const bool is_cpu = ctx.device().type == DeviceType::cpu;
   if (ctx.shares_device() && !is_cpu) {
     plan.notes.push_back(
         "casts with current scaling read their input twice, because a cooperative launch would "
         "wait for the collectives beside it");
-  }
-  if (comm.size() == 1) {
-    plan.schedule = "one rank: nothing to overlap";
-  } else if (schedule() == Schedule::overlap) {
-    plan.schedule = is_cpu ? "overlap: each bucket is reduced during backward, in the calling "
-                             "thread, because a CPU has no second stream"
-                           : "overlap: reduced during backward on the communicator's own stream";
-  } else {
-    plan.schedule = streams.is_apart() ? "after backward, as configured"
-                                       : "after backward, one stream, because the communicator "
-                                         "shares the engine's stream";
   }
   if (config.micro_batches == 1) {
     plan.accumulation = "1, nothing to sum";
@@ -327,6 +357,8 @@ void Engine::Impl::describe_gradients() {
 
 void Engine::Impl::describe() {
   describe_gradients();
+  plan.reduction = describe_reduction();
+  plan.schedule = describe_schedule();
   plan.ranks = comm.size();
   plan.transport = comm.name();
   plan.buckets = static_cast<int>(buckets.size());
@@ -335,17 +367,14 @@ void Engine::Impl::describe() {
     if (p.managed) plan.fp8_parameters += p.spec.shape.numel();
   }
   if (comm.size() == 1) {
-    plan.reduction = "none (one rank)";
     plan.weight_gather = "written by the update";
     if (plan.sharding == Sharding::optimizer) {
       plan.notes.push_back("one rank holds the whole optimizer: sharding has nothing to cut");
     }
   } else if (sharded()) {
-    plan.reduction = "sharded (send/receive, FP32 means straight into the owner's AdamW)";
     plan.weight_gather = "written by the owner's update, gathered as stored";
     if (has_block_scales(plan.formats.state.weight)) plan.weight_gather += ", scales included";
   } else {
-    plan.reduction = "two_shot (send/receive, means rounded once and gathered)";
     plan.weight_gather = "written by every rank's own update";
   }
   plan.optimizer = describe_optimizer();

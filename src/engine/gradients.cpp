@@ -65,7 +65,7 @@ void Engine::Impl::store_sum(Param& p) {
   if (!is_fp8(p.formats.gradient)) measure_amax(ctx, p.gradient, p.gradient_scale);
 }
 
-void Engine::Impl::finish_gradients() {
+void Engine::Impl::finish_gradients(bool sums_contributions) {
   for (std::size_t i = 0; i < params.size(); ++i) {
     Param& p = params[i];
     if (p.gradients > 0 && p.gradients < config.micro_batches) {
@@ -74,7 +74,7 @@ void Engine::Impl::finish_gradients() {
     }
     p.gradients = 0;
   }
-  reducer->finish();
+  sums_contributions ? reducer->collect() : reducer->finish();
 }
 
 Schedule Engine::Impl::schedule() const {

@@ -27,6 +27,11 @@ Contribution gradient_of(int rank, int param, int step, bool used = true) {
   return contribute(DType::e4m3, normal_values(count, seed, 0.01f * static_cast<float>(1 + param)));
 }
 
+/// Whether a rank has a gradient for a parameter: some on one rank only, some on none.
+bool is_used(int rank, int param, int step) {
+  return param != step % kParams && (param + rank + step) % 4 != 0;
+}
+
 /// Parameters in buckets of `size`, the last registered first.
 std::vector<std::vector<int>> buckets_of(int size) {
   std::vector<std::vector<int>> buckets;
@@ -124,6 +129,31 @@ struct RankModel {
     }
     return {};
   }
+
+  /// Empty, or the first parameter of which a rank's contribution is not what that rank stored.
+  std::string wrong_parts(const std::vector<RankGradients>& parts, int step, int rank) const {
+    for (std::size_t b = 0; b < order.size(); ++b) {
+      const auto& own = owners[b][static_cast<std::size_t>(rank)];
+      for (std::size_t t = 0; t < order[b].size(); ++t) {
+        const int param = order[b][t];
+        const RankGradients& of = parts[static_cast<std::size_t>(param)];
+        for (int r = 0; r < static_cast<int>(of.ranks.size()); ++r) {
+          const RankGradient& part = of.ranks[static_cast<std::size_t>(r)];
+          const Contribution from = gradient_of(r, param, step, is_used(r, param, step));
+          const auto expected = part.is_shard ? pieces_of(own, t, from.bytes) : from.bytes;
+          const auto scale = download_one<TensorScale>(ctx, of.scales + r * of.scale_stride);
+          const std::string where =
+              "parameter " + std::to_string(param) + " of rank " + std::to_string(r) + ": ";
+          if (part.is_shard == (r == rank)) return where + "whole or shard";
+          if (scale.scale_inv != from.scale.scale_inv) return where + "its scale";
+          const std::string difference =
+              first_difference(download<std::uint8_t>(ctx, part.data, expected.size()), expected);
+          if (!difference.empty()) return where + difference;
+        }
+      }
+    }
+    return {};
+  }
 };
 
 std::vector<int> random_order(int rank, int step) {
@@ -132,11 +162,6 @@ std::vector<int> random_order(int rank, int step) {
   Draws draws(static_cast<std::uint32_t>(100 * rank + step));
   std::shuffle(order.begin(), order.end(), draws);
   return order;
-}
-
-/// Whether a rank has a gradient for a parameter: some on one rank only, some on none.
-bool is_used(int rank, int param, int step) {
-  return param != step % kParams && (param + rank + step) % 4 != 0;
 }
 
 }  // namespace
@@ -178,6 +203,34 @@ TEST_CASE("means are right in any order of readiness, with parameters unused her
           for (const std::string& error : errors) CHECK(error == "");
         }
       }
+    }
+  }
+}
+
+TEST_CASE("with the schedule fused the contributions lie with the owners, by parameter") {
+  for (Path path : {Path::contributions, Path::sharded}) {
+    for (int bucket_size : {1, 3, kParams}) {
+      std::vector<std::string> errors(3);
+      run_ranks(3, [&](Communicator& comm) {
+        RankModel model(Context::cpu(), comm, path, bucket_size, Schedule::fused);
+        std::string& error = errors[static_cast<std::size_t>(comm.rank())];
+        const std::vector<RankGradients> parts = model.reducer->contributions();
+        for (int step = 0; step < 2; ++step) {
+          const std::uint64_t before = comm.wire_bytes().payload;
+          for (int param : random_order(comm.rank(), step)) {
+            if (!is_used(comm.rank(), param, step)) continue;
+            model.make_ready(param, gradient_of(comm.rank(), param, step));
+          }
+          if (comm.wire_bytes().payload != before) error += "launched before collect(); ";
+          model.reducer->collect();
+          error += model.wrong_parts(parts, step, comm.rank());
+          if (comm.wire_bytes().payload - before != model.reducer->payload_bytes()) {
+            error += "payload; ";
+          }
+        }
+      });
+      CAPTURE(path == Path::sharded, bucket_size);
+      for (const std::string& error : errors) CHECK(error == "");
     }
   }
 }
@@ -300,8 +353,15 @@ TEST_CASE("an empty reducer finishes, and what does not fit is refused by name")
   CHECK(missing(error_of([&] { reducer.ready(-1); }), {"parameter -1"}) == "");
   reducer.ready(0);
   CHECK(missing(error_of([&] { reducer.ready(0); }), {"parameter 0", "already"}) == "");
+  CHECK(missing(error_of([&] { reducer.collect(); }), {"collect", "after_backward", "fused"}) ==
+        "");
   reducer.finish();
   reducer.ready(0);
+  CHECK(missing(error_of([&] {
+                  GradientReducer(ctx, *comm, Path::two_shot, {good}, flag.as<std::uint32_t>(),
+                                  Schedule::fused);
+                }),
+                {"fused", "two_shot"}) == "");
 }
 
 }  // namespace octet::test

@@ -222,6 +222,26 @@ TEST_CASE("two streams have the bits of the CPU, whichever is late") {
   }
 }
 
+TEST_CASE("contributions on two streams have the bits of the CPU, whichever is late") {
+  if (cuda_device_count() == 0) {
+    WARN("no CUDA device: nothing to overlap");
+    return;
+  }
+  for (std::int64_t elements : {1, 20000}) {
+    RunOptions options = options_of(Level::O3, 3, elements, 2);
+    options.max_norm = 0.0f;
+    const Bytes expected = everything(train(options));
+    options.config.schedule = Schedule::fused;
+    options.config.clipping = false;
+    for (int late = 0; late < 3; ++late) {
+      const auto results = train_without_waiting(options, late == 1, late == 2);
+      CAPTURE(elements, late);
+      CHECK(rank_difference(results) == "");
+      CHECK(first_difference(everything(results), expected) == "");
+    }
+  }
+}
+
 TEST_CASE("the plan of two streams says that they overlap, and what that costs") {
   if (cuda_device_count() == 0) {
     WARN("no CUDA device: nothing to overlap");

@@ -276,6 +276,29 @@ TEST_CASE("overlap needs a communicator with a stream of its own") {
   CHECK(error(*apart, Schedule::after_backward) == "no error");
 }
 
+TEST_CASE("fused needs an optimizer that is cut over several ranks") {
+  for (int ranks : {1, 2}) {
+    for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+      std::vector<std::string> errors(static_cast<std::size_t>(ranks));
+      run_ranks(ranks, [&](Communicator& comm) {
+        errors[static_cast<std::size_t>(comm.rank())] = error_of([&] {
+          Engine(Context::cpu(), comm, {.sharding = sharding, .schedule = Schedule::fused});
+        });
+      });
+      for (const std::string& error : errors) {
+        CAPTURE(ranks, name_of(sharding));
+        if (ranks > 1 && sharding == Sharding::optimizer) {
+          CHECK(error == "no error");
+        } else {
+          CHECK(
+              missing(error, {"schedule is fused", "sharding is " + std::string(name_of(sharding)),
+                              ranks == 1 ? "over 1 rank;" : "over 2 ranks;"}) == "");
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("ranks with different schedules all throw") {
   std::vector<std::string> errors(3);
   run_ranks(3, [&](Communicator& comm) {
@@ -386,6 +409,9 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
       {"maximize",
        {"maximize"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.maximize = true; }},
+      {"clipping",
+       {"clipping 1;", "clipping 0"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.clipping = false; }},
       {"rounding",
        {"stochastic_rounding"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) {

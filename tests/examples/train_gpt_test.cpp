@@ -24,6 +24,7 @@ const char* const kRunKeys[] = {"level",
                                 "sharding",
                                 "ranks",
                                 "schedule",
+                                "clip_grad",
                                 "micro_batches",
                                 "device",
                                 "parameters",
@@ -287,6 +288,20 @@ TEST_CASE("overlap trains with the bits of a reduction after backward", "[train_
   }
 }
 
+TEST_CASE("fused trains with the bits of a reduction after backward", "[train_gpt]") {
+  const std::string arguments =
+      kSmall + "--device cpu --steps 3 --ranks 2 --levels O3 --micro-batches 2 --clip-grad 0 ";
+  const json after = train(arguments).at("runs")[0];
+  const json fused = train(arguments + "--schedule fused").at("runs")[0];
+  CHECK(after.at("schedule") == "after_backward");
+  CHECK(fused.at("schedule") == "fused");
+  CHECK(fused.at("clip_grad") == 0.0f);
+  for (const char* key : {"losses", "val_loss", "wire_bytes_per_parameter_per_step"}) {
+    CHECK(fused.at(key) == after.at(key));
+  }
+  CHECK(fused.at("peak_bytes_per_rank") < after.at("peak_bytes_per_rank"));
+}
+
 TEST_CASE("CUDA trains as the CPU does", "[train_gpt]") {
   if (octet::cuda_device_count() == 0) return;
   const Folder folder;
@@ -353,7 +368,11 @@ TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_g
       {"--micro-batches 0", {"--micro-batches 0", "at least 1"}},
       {"--batch 12 --ranks 2 --micro-batches 4", {"--micro-batches 4", "6 rows", "--batch 12"}},
       {"--bucket-elements 0", {"--bucket-elements 0", "at least 1"}},
-      {"--schedule sometimes", {"--schedule sometimes", "overlap", "after_backward"}},
+      {"--schedule sometimes", {"--schedule sometimes", "overlap", "after_backward", "fused"}},
+      {"--schedule fused --ranks 1 --levels O3", {"--schedule fused", "--ranks"}},
+      {"--schedule fused --ranks 2 --levels O3,O2", {"--schedule fused", "O3", "not O2"}},
+      {"--schedule fused --ranks 2 --levels O3", {"--schedule fused", "--clip-grad 0", "1"}},
+      {"--clip-grad -1", {"--clip-grad -1", "positive"}},
       {"--ranks 0", {"--ranks 0", "at least 1"}},
       {"--ranks -2", {"--ranks -2", "at least 1"}},
       {"--steps 0", {"--steps 0", "at least 1"}},
@@ -398,6 +417,7 @@ TEST_CASE("--help names every option", "[train_gpt]") {
                               "--context",
                               "--batch",
                               "--lr",
+                              "--clip-grad",
                               "--seed",
                               "--log-every",
                               "--json",

@@ -67,6 +67,7 @@ struct RunOptions {
   std::function<std::vector<std::size_t>(int rank, int step)> order = {};
   float lr = 1e-3f;
   float max_norm = 0.0f;
+  int clip_every = 1;  ///< every so many steps one clips
 };
 
 using Bytes = std::vector<std::uint8_t>;
@@ -178,7 +179,8 @@ inline std::vector<RankResult> train(const RunOptions& options) {
     for (int step = 1; step <= options.steps; ++step) {
       payload = comm.wire_bytes().payload;
       hand_over(engine, ctx, options, comm.rank(), step);
-      const StepResult done = engine.step({.lr = options.lr, .max_norm = options.max_norm});
+      const float max_norm = step % options.clip_every == 0 ? options.max_norm : 0.0f;
+      const StepResult done = engine.step({.lr = options.lr, .max_norm = max_norm});
       payload = comm.wire_bytes().payload - payload;
       norms.push_back(done.norm.read_sync());
       result.step = done.step.read_sync();

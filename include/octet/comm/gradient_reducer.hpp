@@ -11,10 +11,11 @@
 
 namespace octet {
 
-/// When the buckets of gradients are reduced.
+/// When the buckets of gradients are reduced, and to what. The bits are the same.
 enum class Schedule : std::uint8_t {
   after_backward,  ///< all of them when the backward pass is over
-  overlap          ///< each during the backward pass, as soon as its gradients are there
+  overlap,         ///< each during the backward pass, as soon as its gradients are there
+  fused            ///< after it, and an AdamW that is cut over ranks sums the contributions itself
 };
 std::string_view name_of(Schedule schedule);
 
@@ -33,19 +34,19 @@ struct GradientBucket {
 /// before it have been launched: always in the order of the list, so that ranks whose gradients
 /// become ready in different orders, or not at all, still meet in the same collectives. It runs on
 /// the communicator's stream, behind the gradients and beside what the backward pass enqueues after
-/// them.
-/// Between the first ready() and finish() the communicator belongs to the reducer. One thread at a
-/// time. The host never waits for the device, nothing is allocated, and a step can be captured in
-/// a CUDA graph, finish() included. Bits do not depend on schedule, buckets or order of readiness.
-/// Errors of the communicator come out of ready() and finish().
+/// them. With Schedule::fused collect() brings contributions() together, and there are no means.
+/// Between the first ready() and finish() or collect() the communicator belongs to the reducer. One
+/// thread at a time. The host never waits for the device, nothing is allocated, and a step can be
+/// captured in a CUDA graph, its end included. Bits do not depend on schedule, buckets or order of
+/// readiness. Errors of the communicator come out of ready(), finish() and collect().
 class GradientReducer {
  public:
   /// `ctx` has the stream that gradients are written on and read again after finish(). Give the
   /// communicator a Context of the same device with a stream of its own, or nothing overlaps. What
   /// is allocated for the collectives comes from the communicator's context.
   /// `nonfinite` is a device word as for MeanReducer::run(); both streams may raise it.
-  /// Throws octet::Error for parameters that are missing or named twice, and for what MeanReducer
-  /// refuses.
+  /// Throws octet::Error for parameters that are missing or named twice, for Schedule::fused with
+  /// the path two_shot, and for what MeanReducer refuses.
   GradientReducer(const Context& ctx, Communicator& comm, MeanReducer::Path path,
                   const std::vector<GradientBucket>& buckets, std::uint32_t* nonfinite,
                   Schedule schedule);
@@ -59,8 +60,15 @@ class GradientReducer {
   /// called twice for one parameter before finish().
   void ready(int param);
   /// Ends the backward pass: parameters that are not ready count as zero gradient, what is left is
-  /// launched, and the first stream waits for all of it.
+  /// launched, and the first stream waits for all of it. Throws octet::Error for the path
+  /// contributions, which has no means.
   void finish();
+  /// Ends it likewise, with MeanReducer::collect() of all buckets. Throws octet::Error for
+  /// schedules other than fused.
+  void collect();
+  /// What collect() brings together, by parameter: MeanReducer::contributions() of all buckets. Who
+  /// reads it is done, in the order of the first stream, before the next ready().
+  std::vector<RankGradients> contributions() const;
 
   /// Buckets launched since the last finish().
   int launched() const { return static_cast<int>(next_); }
@@ -76,7 +84,7 @@ class GradientReducer {
     int size = 0;
   };
   struct Gradient {
-    std::size_t bucket = 0;
+    std::size_t bucket = 0, tensor = 0;  ///< tensor: in the bucket
     TensorView view = {};
     TensorScale* scale = nullptr;
     bool ready = false;
@@ -85,6 +93,7 @@ class GradientReducer {
   void register_params(const std::vector<GradientBucket>& buckets);
   void launch_ready();
   void zero_missing();
+  void end_pass();
 
   Context ctx_;
   SideStream streams_;

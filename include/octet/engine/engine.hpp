@@ -30,9 +30,13 @@ struct EngineConfig {
   /// Gradients are reduced in buckets of at least this many elements. With overlap nothing hides
   /// what the last bucket takes, so a bucket should be a small part of the model.
   std::int64_t bucket_elements = std::int64_t{32} << 20;
-  /// When buckets are reduced. Default: overlap where the communicator's context has a stream of
-  /// its own, else after_backward, which is all that one stream can do.
+  /// When buckets are reduced, and whether into means. Default: overlap where the communicator's
+  /// context has a stream of its own, which it needs, else after_backward. fused needs an optimizer
+  /// cut over several ranks.
   std::optional<Schedule> schedule = {};
+  /// Whether steps may clip. The norm is that of the means, so with `fused` this keeps the FP32
+  /// shard buffer (4 bytes per parameter that a rank owns), which only steps that clip fill.
+  bool clipping = true;
   /// Gradients of a parameter that make up a step, one from each micro-batch. They are summed, and
   /// the sum is reduced once: for the mean divide the loss by micro_batches.
   int micro_batches = 1;
@@ -63,7 +67,8 @@ struct StepOptions {
   float lr = 0.0f;
   /// Read instead of `lr` when set: a device scalar, so that a captured step can change it.
   const float* lr_device = nullptr;
-  /// Clip the gradients to this global norm; 0 means no clipping.
+  /// Clip the gradients to this global norm; 0 means no clipping. Refused where
+  /// EngineConfig::clipping is false.
   float max_norm = 0.0f;
 };
 

@@ -33,7 +33,7 @@ struct Plan {
   std::int64_t owned_fp8_parameters = 0;  ///< whose optimizer state this rank holds
   int buckets = 0;
   std::string reduction;      ///< path and reason
-  std::string schedule;       ///< when buckets are reduced, and why
+  std::string schedule;       ///< when buckets are reduced, how, and why
   std::string accumulation;   ///< how the gradients of micro-batches are summed
   std::string weight_gather;  ///< path and reason
   std::string optimizer;      ///< how the update runs, and why not faster
