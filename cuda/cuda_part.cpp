@@ -37,6 +37,10 @@ const CudaPart& cuda_part() {
       .mean_scales = cuda::mean_scales,
       .reduce_mean = cuda::reduce_mean,
       .max_amax = cuda::max_amax,
+      .pack_block_scales = cuda::pack_block_scales,
+      .unpack_block_scales = cuda::unpack_block_scales,
+      .block_mean = cuda::block_mean,
+      .merge_amaxes = cuda::merge_amaxes,
       .epilogue = cuda::epilogue,
       .operand_to_bf16 = cuda::operand_to_bf16,
   };

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "octet/ops/adamw.hpp"
+#include "octet/ops/block_mean.hpp"
 #include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
@@ -58,6 +59,13 @@ struct Backend {
   void (*reduce_mean)(const Context&, const MeanArgs&);
   void (*max_amax)(const Context&, const TensorScale* gathered, int ranks, std::int64_t count,
                    TensorScale* out);
+  void (*pack_block_scales)(const Context&, const BlockScalePiece*, std::int64_t count,
+                            float* packed);
+  void (*unpack_block_scales)(const Context&, const BlockScalePiece*, std::int64_t count,
+                              const float* packed);
+  void (*block_mean)(const Context&, const BlockMeanArgs&);
+  void (*merge_amaxes)(const Context&, const std::uint32_t* gathered, int ranks, std::int64_t count,
+                       TensorScale* scales, std::uint32_t* nonfinite);
   // gemm
   void (*epilogue)(const Context&, const GemmProblem&, const float* sums, const GemmArgs&);
   void (*operand_to_bf16)(const Context&, const GemmOperand&, void* out);

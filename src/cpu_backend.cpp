@@ -35,6 +35,10 @@ const Backend& cpu_backend() {
       .mean_scales = cpu::mean_scales,
       .reduce_mean = cpu::reduce_mean,
       .max_amax = cpu::max_amax,
+      .pack_block_scales = cpu::pack_block_scales,
+      .unpack_block_scales = cpu::unpack_block_scales,
+      .block_mean = cpu::block_mean,
+      .merge_amaxes = cpu::merge_amaxes,
       .epilogue = cpu::epilogue,
       .operand_to_bf16 = cpu::operand_to_bf16,
   };

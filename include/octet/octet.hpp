@@ -2,6 +2,7 @@
 // Everything a trainer needs. Each header can be included alone.
 #pragma once
 
+#include "octet/comm/block_mean_reducer.hpp"
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/communicator.hpp"
 #include "octet/comm/nccl.hpp"
@@ -23,6 +24,7 @@
 #include "octet/nn/linear.hpp"
 #include "octet/ops/adamw.hpp"
 #include "octet/ops/adamw_rows.hpp"
+#include "octet/ops/block_mean.hpp"
 #include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"

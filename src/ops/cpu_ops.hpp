@@ -27,6 +27,13 @@ void mean_scales(const Context& ctx, const MeanArgs& args);
 void reduce_mean(const Context& ctx, const MeanArgs& args);
 void max_amax(const Context& ctx, const TensorScale* gathered, int ranks, std::int64_t count,
               TensorScale* out);
+void pack_block_scales(const Context& ctx, const BlockScalePiece* pieces, std::int64_t count,
+                       float* packed);
+void unpack_block_scales(const Context& ctx, const BlockScalePiece* pieces, std::int64_t count,
+                         const float* packed);
+void block_mean(const Context& ctx, const BlockMeanArgs& args);
+void merge_amaxes(const Context& ctx, const std::uint32_t* gathered, int ranks, std::int64_t count,
+                  TensorScale* scales, std::uint32_t* nonfinite);
 
 // What casts share.
 
