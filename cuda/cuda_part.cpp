@@ -41,6 +41,11 @@ const CudaPart& cuda_part() {
       .unpack_block_scales = cuda::unpack_block_scales,
       .block_mean = cuda::block_mean,
       .merge_amaxes = cuda::merge_amaxes,
+      .sum_scales = cuda::sum_scales,
+      .requantise_codes = cuda::requantise_codes,
+      .add_codes = cuda::add_codes,
+      .take_sums = cuda::take_sums,
+      .update_auto_scale = cuda::update_auto_scale,
       .epilogue = cuda::epilogue,
       .operand_to_bf16 = cuda::operand_to_bf16,
   };

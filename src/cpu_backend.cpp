@@ -39,6 +39,11 @@ const Backend& cpu_backend() {
       .unpack_block_scales = cpu::unpack_block_scales,
       .block_mean = cpu::block_mean,
       .merge_amaxes = cpu::merge_amaxes,
+      .sum_scales = cpu::sum_scales,
+      .requantise_codes = cpu::requantise_codes,
+      .add_codes = cpu::add_codes,
+      .take_sums = cpu::take_sums,
+      .update_auto_scale = cpu::update_auto_scale,
       .epilogue = cpu::epilogue,
       .operand_to_bf16 = cpu::operand_to_bf16,
   };
