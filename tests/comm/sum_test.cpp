@@ -161,13 +161,14 @@ TEST_CASE("amaxes 2^20 apart, zeros on one rank, tiny and huge amaxes") {
     for (float amax : {1e-45f, 1e-38f, 1.3e-36f, 3e38f}) {
       for (int n : {1, 2, 3, 8}) {
         bucket = equal_case(n, {amax, -amax / 2, 0.0f});
-        for (const SumResult& result : reduce(bucket, device)) {
-          const TensorScale& scale = result.means[0].scale;
-          CAPTURE(amax, n, scale.scale, scale.scale_inv);
+        for (std::int32_t mu : {0, 16000}) {
+          bucket.mu_exponent = mu;
+          check(bucket, device);
+          const TensorScale scale = reduce(bucket, device)[0].means[0].scale;
+          CAPTURE(amax, n, mu, scale.scale, scale.scale_inv);
           CHECK(std::isnormal(scale.scale));
           CHECK(std::isnormal(scale.scale_inv));
           CHECK(scale.scale * scale.scale_inv == 1.0f);
-          CHECK(result.nonfinite == 0);
         }
       }
     }
@@ -218,6 +219,19 @@ TEST_CASE("a NaN or infinity on one rank is known to all, and NaN survives the s
           CHECK(std::isnormal(result.means[1].scale.scale));
         }
       }
+    }
+  }
+}
+
+TEST_CASE("a NaN that no amax tells of is found in the sum") {
+  for (DeviceType device : rank_devices()) {
+    SumCase bucket = random_case(2, {300, 40});
+    bucket.gradients[1][0].bytes[299] = 0xFF;
+    for (const SumResult& result : reduce(bucket, device)) {
+      CHECK(result.nonfinite == 1);
+      CHECK(std::isnan(result.means[0].scale.amax));
+      CHECK(std::isfinite(result.means[1].scale.amax));
+      CHECK((result.means[0].bytes[299] & 0x7F) == 0x7F);
     }
   }
 }

@@ -94,7 +94,9 @@ inline ReferenceSum reference_sum(const SumCase& bucket, std::size_t t) {
     if (own.amax != 0 && (smallest == 0 || own.scale < smallest)) smallest = own.scale;
   }
   const int power = std::min(static_cast<int>(std::floor(bucket.mu_exponent / 1000.0)), headroom);
-  const double p = std::ldexp(smallest, power - headroom);
+  // So that scale and scale_inv are normal for any number of ranks.
+  const double p =
+      std::min(std::ldexp(smallest, power - headroom), std::ldexp(1.0, 126 - headroom));
   ReferenceSum result;
   Contribution& means = result.means;
   means.bytes.assign(bucket.gradients[0][t].bytes.size(), 0);
