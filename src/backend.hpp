@@ -9,10 +9,12 @@
 
 #include "octet/ops/accumulate.hpp"
 #include "octet/ops/adamw.hpp"
+#include "octet/ops/block_mean.hpp"
 #include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"
+#include "octet/ops/sum_codes.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace octet {
@@ -60,6 +62,19 @@ struct Backend {
   void (*reduce_mean)(const Context&, const MeanArgs&);
   void (*max_amax)(const Context&, const TensorScale* gathered, int ranks, std::int64_t count,
                    TensorScale* out);
+  void (*pack_block_scales)(const Context&, const BlockScalePiece*, std::int64_t count,
+                            float* packed);
+  void (*unpack_block_scales)(const Context&, const BlockScalePiece*, std::int64_t count,
+                              const float* packed);
+  void (*block_mean)(const Context&, const BlockMeanArgs&);
+  void (*merge_amaxes)(const Context&, const std::uint32_t* gathered, int ranks, std::int64_t count,
+                       TensorScale* scales, std::uint32_t* nonfinite);
+  void (*sum_scales)(const Context&, const SumArgs&);
+  void (*requantise_codes)(const Context&, const SumArgs&);
+  void (*add_codes)(const Context&, std::uint8_t* own, std::int64_t count,
+                    const std::uint8_t* staging, std::int64_t stride, int ranks, int rank);
+  void (*take_sums)(const Context&, const SumArgs&);
+  void (*update_auto_scale)(const Context&, AutoScaleState*, int ranks);
   // gemm
   void (*epilogue)(const Context&, const GemmProblem&, const float* sums, const GemmArgs&);
   void (*operand_to_bf16)(const Context&, const GemmOperand&, void* out);

@@ -28,5 +28,18 @@ void mean_scales(const Context& ctx, const MeanArgs& args);
 void reduce_mean(const Context& ctx, const MeanArgs& args);
 void max_amax(const Context& ctx, const TensorScale* gathered, int ranks, std::int64_t count,
               TensorScale* out);
+void pack_block_scales(const Context& ctx, const BlockScalePiece* pieces, std::int64_t count,
+                       float* packed);
+void unpack_block_scales(const Context& ctx, const BlockScalePiece* pieces, std::int64_t count,
+                         const float* packed);
+void block_mean(const Context& ctx, const BlockMeanArgs& args);
+void merge_amaxes(const Context& ctx, const std::uint32_t* gathered, int ranks, std::int64_t count,
+                  TensorScale* scales, std::uint32_t* nonfinite);
+void sum_scales(const Context& ctx, const SumArgs& args);
+void requantise_codes(const Context& ctx, const SumArgs& args);
+void add_codes(const Context& ctx, std::uint8_t* own, std::int64_t count,
+               const std::uint8_t* staging, std::int64_t stride, int ranks, int rank);
+void take_sums(const Context& ctx, const SumArgs& args);
+void update_auto_scale(const Context& ctx, AutoScaleState* state, int ranks);
 
 }  // namespace octet::detail::cuda

@@ -2,10 +2,12 @@
 // Everything a trainer needs. Each header can be included alone.
 #pragma once
 
+#include "octet/comm/block_mean_reducer.hpp"
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/communicator.hpp"
 #include "octet/comm/gradient_reducer.hpp"
 #include "octet/comm/nccl.hpp"
+#include "octet/comm/sum_reducer.hpp"
 #include "octet/core/block_scales.hpp"
 #include "octet/core/dtype.hpp"
 #include "octet/core/error.hpp"
@@ -25,11 +27,13 @@
 #include "octet/ops/accumulate.hpp"
 #include "octet/ops/adamw.hpp"
 #include "octet/ops/adamw_rows.hpp"
+#include "octet/ops/block_mean.hpp"
 #include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"
 #include "octet/ops/segment.hpp"
+#include "octet/ops/sum_codes.hpp"
 #include "octet/optim/adamw.hpp"
 #include "octet/runtime/allocator.hpp"
 #include "octet/runtime/context.hpp"

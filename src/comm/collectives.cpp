@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "comm/owners.hpp"
+
 namespace octet {
 namespace {
 
@@ -57,27 +59,6 @@ void check_owners(const char* what, const Owners& owners, int ranks,
     }
   }
   for (std::size_t t = 0; t < numels.size(); ++t) check_cover(what, t, numels[t], by_tensor[t]);
-}
-
-// Neighbouring pieces of one owner travel as one: a transport pays for every part.
-std::vector<Piece> merged(const std::vector<Piece>& pieces) {
-  std::vector<Piece> runs;
-  for (const Piece& piece : pieces) {
-    if (piece.count == 0) continue;
-    if (!runs.empty() && runs.back().tensor == piece.tensor &&
-        runs.back().begin + runs.back().count == piece.begin) {
-      runs.back().count += piece.count;
-    } else {
-      runs.push_back(piece);
-    }
-  }
-  return runs;
-}
-
-Owners merged(const Owners& owners) {
-  Owners runs;
-  for (const std::vector<Piece>& pieces : owners) runs.push_back(merged(pieces));
-  return runs;
 }
 
 void* address_of(const TensorView& tensor, std::int64_t element) {
