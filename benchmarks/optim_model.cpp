@@ -19,6 +19,8 @@ constexpr float kMaxNorm = 1.0f;  ///< less than the gradients' norm
 /// Random values that are made on the host; a tensor holds copies of them, from its own start.
 constexpr std::int64_t kBlock = std::int64_t{1} << 22;
 
+}  // namespace
+
 /// Random f32 values on the device, enough for the largest tensor from any start in the block.
 class RandomValues {
  public:
@@ -47,6 +49,8 @@ class RandomValues {
   octet::Buffer buffer_;
   std::int64_t start_ = 0;
 };
+
+namespace {
 
 void fill_gradient(const octet::Context& ctx, const octet::TensorView& values,
                    const octet::ScaledView& gradient) {
@@ -92,36 +96,58 @@ std::size_t bytes_moved(const Case& c, const std::vector<Shape>& shapes) {
   std::size_t bytes = 0;
   for (const Shape& shape : shapes) {
     const std::int64_t n = shape.numel();
-    const std::size_t gradient = static_cast<std::size_t>(n) * octet::size_of(c.formats.gradient);
+    const std::size_t gradient = static_cast<std::size_t>(n) * octet::size_of(c.formats.gradient) *
+                                 static_cast<std::size_t>(std::max(c.contributions, 1));
+    const std::size_t copies = static_cast<std::size_t>(n) * octet::size_of(dtype_of(f.weight)) *
+                               static_cast<std::size_t>(c.weight_copies);
     if (c.work == Work::norm || c.work == Work::clipped_replay) bytes += gradient;
     if (c.work == Work::norm) continue;
-    bytes += gradient + weight_bytes(f, n);
+    bytes += gradient + weight_bytes(f, n) + copies;
     for (StateFormat state : {f.master, f.m, f.v}) bytes += 2 * octet::state_bytes(state, n);
   }
   return bytes;
+}
+
+// Whole tensors, as in peers' memory.
+void Model::add_contributions(RandomValues& random, const Case& c, octet::AdamWParam& param,
+                              std::size_t i, std::size_t count) {
+  octet::RankGradients from;
+  from.dtype = c.formats.gradient;
+  from.scales = scales_.as<octet::TensorScale>() + i;
+  from.scale_stride = static_cast<std::int64_t>(count);
+  for (int r = 0; r < c.contributions; ++r) {
+    gradients_.emplace_back(ctx_, from.dtype, param.shape);
+    const octet::ScaledView gradient = gradients_.back().view();
+    fill_gradient(ctx_, random.next(param.shape), gradient);
+    octet::copy_bytes(ctx_,
+                      scales_.as<octet::TensorScale>() + static_cast<std::size_t>(r) * count + i,
+                      gradient.scale, sizeof(octet::TensorScale));
+    from.ranks.push_back({gradient.data.data, false});
+  }
+  param.contributions = std::move(from);
+  param.gradient_scale =
+      scales_.as<octet::TensorScale>() + static_cast<std::size_t>(c.contributions) * count + i;
 }
 
 Model::Model(const octet::Context& ctx, const Case& c, const std::vector<Shape>& shapes)
     : ctx_(ctx),
       name_(c.name),
       work_(c.work),
+      sums_(c.contributions > 0),
       flag_(octet::upload_sync<std::uint32_t>(ctx, std::vector<std::uint32_t>{0})),
-      lr_(octet::upload_sync<float>(ctx, std::vector<float>{kLearningRate})) {
+      lr_(octet::upload_sync<float>(ctx, std::vector<float>{kLearningRate})),
+      scales_(ctx, static_cast<std::size_t>(c.contributions + 1) * shapes.size() *
+                       sizeof(octet::TensorScale)) {
   const WeightFormat weight = c.formats.state.weight;
   std::int64_t largest = 0;
   for (const Shape& shape : shapes) largest = std::max(largest, shape.numel());
   RandomValues random(ctx, largest);
   std::vector<octet::AdamWParam> params;
   for (const Shape& shape : shapes) {
-    gradients_.emplace_back(ctx, c.formats.gradient, shape);
-    const octet::ScaledView gradient = gradients_.back().view();
-    fill_gradient(ctx, random.next(shape), gradient);
     weights_.emplace_back(ctx, octet::dtype_of(weight), shape);
     octet::AdamWParam param{.name = "p" + std::to_string(params.size()),
                             .shape = shape,
                             .formats = c.formats.state,
-                            .gradient = gradient.data,
-                            .gradient_scale = gradient.scale,
                             .gradient_is_shard = c.gradient_is_shard,
                             .weight = weights_.back().view(),
                             .group = octet::AdamWGroup{.weight_decay = 0.1f}};
@@ -129,7 +155,29 @@ Model::Model(const octet::Context& ctx, const Case& c, const std::vector<Shape>&
       transposed_.emplace_back(ctx, DType::e4m3, Shape{shape[1], shape[0]});
       param.weight_transposed = transposed_.back().view();
     }
+    if (sums_) {
+      add_contributions(random, c, param, params.size(), shapes.size());
+    } else {
+      gradients_.emplace_back(ctx, c.formats.gradient, shape);
+      param.gradient = gradients_.back().view().data;
+      param.gradient_scale = gradients_.back().view().scale;
+      fill_gradient(ctx, random.next(shape), gradients_.back().view());
+    }
+    for (int k = 0; k < c.weight_copies; ++k) {
+      copies_.emplace_back(ctx, octet::dtype_of(weight), shape);
+      param.weight_copies.push_back({copies_.back().view().data, nullptr});
+    }
     params.push_back(std::move(param));
+  }
+  if (sums_) {
+    const auto count = static_cast<std::int64_t>(shapes.size());
+    octet::mean_scales(ctx,
+                       {.ranks = c.contributions,
+                        .dtype = c.formats.gradient,
+                        .scales = scales_.as<octet::TensorScale>(),
+                        .mean_scales = scales_.as<octet::TensorScale>() + c.contributions * count,
+                        .tensor_count = count,
+                        .nonfinite = flag_.as<std::uint32_t>()});
   }
   optimizer_ = std::make_unique<octet::AdamW>(ctx, c.config, std::move(params));
   for (std::size_t i = 0; i < shapes.size(); ++i) {
@@ -144,7 +192,8 @@ void Model::run() {
   if (work_ == Work::norm) return;
   optimizer_->step({.lr_device = lr_.as<float>(),
                     .max_norm = clips ? kMaxNorm : 0.0f,
-                    .nonfinite = flag_.as<std::uint32_t>()});
+                    .nonfinite = flag_.as<std::uint32_t>(),
+                    .from_contributions = sums_});
 }
 
 void Model::require_runs(std::int64_t expected) const {

@@ -34,12 +34,18 @@ struct Case {
   std::optional<double> target = {};
   bool gradient_is_shard = false;
   octet::AdamWConfig config = {};
+  /// Ranks whose contributions, all in this device's memory, the step sums; 0: a stored gradient.
+  int contributions = 0;
+  int weight_copies = 0;  ///< further places of the weight, in this device's memory
 };
 
 /// Bytes that the work on tensors of these shapes moves, each once: gradient read (once more for
-/// the norm), states and block scales read and written, weights written, and the weight that is
-/// half of a split master read. Tables, scales of tensors and sums are not counted.
+/// the norm; every contribution), states and block scales read and written, weights written, and
+/// the weight that is half of a split master read. Tables, scales of tensors and sums are not
+/// counted.
 std::size_t bytes_moved(const Case& c, const std::vector<octet::Shape>& shapes);
+
+class RandomValues;
 
 /// An optimizer with weights and gradients, ready to step.
 class Model {
@@ -52,11 +58,16 @@ class Model {
   void require_runs(std::int64_t expected) const;
 
  private:
+  void add_contributions(RandomValues& random, const Case& c, octet::AdamWParam& param,
+                         std::size_t i, std::size_t count);
+
   octet::Context ctx_;
   std::string name_;
   Work work_;
+  bool sums_;
   octet::Buffer flag_, lr_;
-  std::vector<octet::Tensor> weights_, transposed_;
+  octet::Buffer scales_;  ///< of all contributions, then of their means: [ranks + 1][tensors]
+  std::vector<octet::Tensor> weights_, transposed_, copies_;
   std::vector<octet::ScaledTensor> gradients_;
   std::unique_ptr<octet::AdamW> optimizer_;
 };

@@ -7,11 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "octet/ops/accumulate.hpp"
 #include "octet/ops/adamw.hpp"
+#include "octet/ops/block_mean.hpp"
 #include "octet/ops/block_quantize.hpp"
 #include "octet/ops/delayed_scaling.hpp"
 #include "octet/ops/quantize.hpp"
 #include "octet/ops/reduce_mean.hpp"
+#include "octet/ops/sum_codes.hpp"
 #include "octet/ops/window_mean.hpp"
 #include "octet/runtime/context.hpp"
 
@@ -54,6 +57,7 @@ struct Backend {
                           std::int64_t columns, void* gemm_ready);
   void (*delayed_update)(const Context&, const DelayedArgs&);
   void (*measure_amax)(const Context&, const TensorView& in, TensorScale* scale);
+  void (*accumulate)(const Context&, const AccumulateArgs&);
   void (*adamw_initialise)(const Context&, const AdamwInit&);
   void (*adamw_measure)(const Context&, const AdamwArgs&, float* sums);
   void (*adamw_prepare)(const Context&, const AdamwArgs&);
@@ -62,6 +66,19 @@ struct Backend {
   void (*reduce_mean)(const Context&, const MeanArgs&);
   void (*max_amax)(const Context&, const TensorScale* gathered, int ranks, std::int64_t count,
                    TensorScale* out);
+  void (*pack_block_scales)(const Context&, const BlockScalePiece*, std::int64_t count,
+                            float* packed);
+  void (*unpack_block_scales)(const Context&, const BlockScalePiece*, std::int64_t count,
+                              const float* packed);
+  void (*block_mean)(const Context&, const BlockMeanArgs&);
+  void (*merge_amaxes)(const Context&, const std::uint32_t* gathered, int ranks, std::int64_t count,
+                       TensorScale* scales, std::uint32_t* nonfinite);
+  void (*sum_scales)(const Context&, const SumArgs&);
+  void (*requantise_codes)(const Context&, const SumArgs&);
+  void (*add_codes)(const Context&, std::uint8_t* own, std::int64_t count,
+                    const std::uint8_t* staging, std::int64_t stride, int ranks, int rank);
+  void (*take_sums)(const Context&, const SumArgs&);
+  void (*update_auto_scale)(const Context&, AutoScaleState*, int ranks);
   void (*window_mean)(const Context&, const WindowMeanArgs&);
   // gemm
   void (*epilogue)(const Context&, const GemmProblem&, const float* sums, const GemmArgs&);
@@ -99,6 +116,7 @@ struct ContextState {
   /// What the library's CUDA kernels were compiled for on this device (90 for sm_90); 0 until the
   /// first launch that must know has asked.
   int kernel_architecture = 0;
+  bool shares_device = false;
 
   ~ContextState();
   void* allocate(std::size_t bytes);

@@ -7,6 +7,7 @@
 
 #include "cuda/check.hpp"
 #include "cuda/comm/nccl_window.hpp"
+#include "cuda/runtime/runtime.hpp"
 
 namespace octet::detail::cuda {
 namespace {
@@ -19,6 +20,13 @@ constexpr auto kLeavePatience = milliseconds(10'000);
 // For the other ranks to come to the end of a communicator that worked. Aborting it then does no
 // harm, because nothing is under way.
 constexpr auto kClosePatience = milliseconds(30'000);
+
+// ncclFloat8e4m3, which the headers of older versions lack.
+constexpr int kFirstFp8Version = 22400;
+constexpr auto kE4m3 = static_cast<ncclDataType_t>(10);
+#if NCCL_VERSION_CODE >= 22400
+static_assert(kE4m3 == ncclFloat8e4m3);
+#endif
 
 // Waiting that is short as a rule: first for as long as a thread start takes, then without load.
 void pause(int turn) {
@@ -160,6 +168,30 @@ std::string NcclRank::window_refusal() { return nccl_window_refusal(*this); }
 
 std::unique_ptr<Window> NcclRank::do_make_window(std::size_t bytes) {
   return make_nccl_window(*this, bytes);
+}
+
+std::string NcclRank::sum_e4m3_refusal() const {
+  const int index = context().device().index;
+  const int capability = compute_capability(index);
+  if (capability < 90) {
+    return "NCCL does it from compute capability 9.0 on; " + to_string(context().device()) +
+           " has " + std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+  }
+  int version = 0;
+  ncclGetVersion(&version);
+  if (version < kFirstFp8Version) {
+    return "NCCL does it from version 2.24 on; loaded is " + std::to_string(version);
+  }
+  return {};
+}
+
+// Never ncclAvg: it rounds 1/N to FP8.
+void NcclRank::do_sum_e4m3(void* codes, std::int64_t count) {
+  enqueue([&](ncclComm_t comm) {
+    if (count == 0) return ncclSuccess;
+    return ncclAllReduce(codes, codes, static_cast<std::size_t>(count), kE4m3, ncclSum, comm,
+                         context().stream());
+  });
 }
 
 void NcclRank::do_synchronize() {

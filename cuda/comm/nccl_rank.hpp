@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // NCCL as a carrier of bytes: only sends, receives, all-gathers and broadcasts of ncclUint8, so
-// neither its reductions nor its choice of algorithm can change a value.
+// neither its reductions nor its choice of algorithm can change a value; but for sum_e4m3.
 #pragma once
 
 #include <functional>
@@ -32,6 +32,8 @@ class NcclRank final : public Communicator {
   int rank() const override { return rank_; }
   int size() const override { return size_; }
   std::string name() const override { return "nccl"; }
+  bool has_sum_e4m3() const override { return true; }
+  std::string sum_e4m3_refusal() const override;
 
   /// Makes a call of NCCL's that is not one of the stream (one that registers memory, say), and
   /// waits for its end: for set-up. Throws CommError if it fails or takes longer than the deadline.
@@ -41,6 +43,7 @@ class NcclRank final : public Communicator {
   void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) override;
   void do_all_gather(const void* send, void* recv, std::size_t bytes) override;
   void do_broadcast(void* data, std::size_t bytes, int root) override;
+  void do_sum_e4m3(void* codes, std::int64_t count) override;
   std::string window_refusal() override;
   std::unique_ptr<Window> do_make_window(std::size_t bytes) override;
   void do_end() noexcept override;

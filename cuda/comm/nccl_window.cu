@@ -53,6 +53,7 @@ class NcclMemory {
   NcclMemory& operator=(const NcclMemory&) = delete;
 
   void* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
   ncclWindow_t window() const { return window_; }
   void make_window() {
     rank_.call("window", [this](ncclComm_t comm) {
@@ -80,6 +81,22 @@ class NcclMemory {
   ncclWindow_t window_ = nullptr;
 };
 
+/// On every rank, or an error on every rank: who has none cannot register it with the others.
+std::shared_ptr<NcclMemory> allocate_together(NcclRank& rank, std::size_t bytes) {
+  std::shared_ptr<NcclMemory> memory;
+  std::string problem;
+  try {
+    memory = std::make_shared<NcclMemory>(rank, bytes);
+  } catch (const Error& error) {
+    problem = error.what();
+  }
+  const std::vector<std::string> problems = all_gather_text_sync(rank, problem);
+  for (std::size_t r = 0; r < problems.size(); ++r) {
+    require(problems[r].empty(), "rank ", r, ": ", problems[r]);
+  }
+  return memory;
+}
+
 }  // namespace
 
 std::string nccl_window_refusal(NcclRank& rank) {
@@ -104,8 +121,8 @@ std::unique_ptr<Window> make_nccl_window(NcclRank& rank, std::size_t bytes) {
   const auto size = static_cast<std::size_t>(rank.size());
   const std::size_t flags = peer_flag_bytes(rank.size());
   constexpr std::size_t kAlignment = NCCL_WIN_REQUIRED_ALIGNMENT;
-  const auto memory = std::make_shared<NcclMemory>(
-      rank, (flags + bytes + kAlignment - 1) / kAlignment * kAlignment);
+  const std::shared_ptr<NcclMemory> memory =
+      allocate_together(rank, (flags + bytes + kAlignment - 1) / kAlignment * kAlignment);
   OCTET_CUDA_CHECK(cudaMemsetAsync(memory->data(), 0, flags, ctx.stream()));
   memory->make_window();
   const Buffer table(ctx, size * sizeof(void*));
@@ -113,8 +130,8 @@ std::unique_ptr<Window> make_nccl_window(NcclRank& rank, std::size_t bytes) {
                                                                         table.as<void*>());
   OCTET_CUDA_CHECK(cudaGetLastError());
   const auto begins = read_sync<void*>(ctx, table.data(), size);
-  auto window =
-      std::make_unique<Window>(ctx, rank.rank(), begins, bytes, kBlocks, rank.deadline(), memory);
+  auto window = std::make_unique<Window>(ctx, rank.rank(), begins, bytes, memory->bytes(), kBlocks,
+                                         rank.deadline(), memory);
   // Nobody may signal before all flags are zero.
   const std::uint64_t here = 0;
   const Buffer own = upload_sync<std::uint64_t>(ctx, std::span(&here, 1));

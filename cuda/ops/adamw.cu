@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kLanes)
   const std::int64_t begin = blockIdx.x / across * kTileSide * tensor.columns;
   const AdamwTile tile =
       tile_of(tensor, panel_of(tensor, Segment{.begin = begin}), blockIdx.x % across);
-  cast_tile(tensor, initial_step(tensor), tile,
+  cast_tile(tensor, initial_step(tensor), nullptr, tile,
             [&](std::int64_t i) { return initial_master(tensor, values, i); });
 }
 

@@ -19,6 +19,32 @@ constexpr bool takes_quads(const StateFormats& f) {
   return f.master == StateFormat::f32 || f.m == StateFormat::f32 || f.v == StateFormat::f32;
 }
 
+/// Codes of a vector from memory and to it, for a tensor with these formats.
+template <StateFormats F, std::size_t Bytes>
+__device__ void load_at(Packed<Bytes>& p, const char* from, Place place) {
+  if constexpr (takes_quads(F)) {
+    load_quad(p, 0, from, place.first);
+    load_quad(p, 1, from, place.first + place.gap);
+  } else {
+    p = load_packed<Bytes>(from, place.first);
+  }
+}
+template <StateFormats F, std::size_t Bytes>
+__device__ void store_at(char* to, Place place, const Packed<Bytes>& p) {
+  if constexpr (takes_quads(F)) {
+    store_quad(to, place.first, p, 0);
+    store_quad(to, place.first + place.gap, p, 1);
+  } else {
+    store_packed(to, place.first, p);
+  }
+}
+
+/// Asks the second-level cache for a vector that will be loaded later: unlike a load it takes no
+/// registers.
+__device__ inline void prefetch(const char* data, int i, std::size_t bytes) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(data + std::int64_t{i} * bytes));
+}
+
 /// The codes of a vector.
 template <AdamwRow R>
 struct Codes {
@@ -28,24 +54,22 @@ struct Codes {
   Packed<size_of(R.formats.v)> v;
   Packed<size_of(dtype_of(R.formats.weight))> weight;
 
-  __device__ void load(const Streams& from, Place place) {
-    load_codes(gradient, from.gradient, place);
-    load_codes(master, from.master, place);
-    load_codes(m, from.m, place);
-    load_codes(v, from.v, place);
-    if constexpr (R.formats.master == StateFormat::split) load_codes(weight, from.weight, place);
+  __device__ void load_gradient(const Streams& from, Place place) {
+    load_at<R.formats>(gradient, from.gradient, place);
   }
-  /// Asks the second-level cache for a vector that will be loaded later: unlike a load it takes no
-  /// registers.
-  __device__ static void prefetch(const Streams& from, int i) {
-    const auto ask = [i](const char* data, std::size_t bytes) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(data + std::int64_t{i} * bytes));
-    };
-    ask(from.gradient, size_of(R.gradient));
-    ask(from.master, size_of(R.formats.master));
-    ask(from.m, size_of(R.formats.m));
-    ask(from.v, size_of(R.formats.v));
-    if constexpr (R.formats.master == StateFormat::split) ask(from.weight, 1);
+  __device__ void load_states(const Streams& from, Place place) {
+    load_at<R.formats>(master, from.master, place);
+    load_at<R.formats>(m, from.m, place);
+    load_at<R.formats>(v, from.v, place);
+    if constexpr (R.formats.master == StateFormat::split) {
+      load_at<R.formats>(weight, from.weight, place);
+    }
+  }
+  __device__ static void prefetch_states(const Streams& from, int i) {
+    prefetch(from.master, i, size_of(R.formats.master));
+    prefetch(from.m, i, size_of(R.formats.m));
+    prefetch(from.v, i, size_of(R.formats.v));
+    if constexpr (R.formats.master == StateFormat::split) prefetch(from.weight, i, 1);
     if constexpr (is_block(R.formats.m)) {
       const std::int64_t block = i / static_cast<int>(kStateBlock);
       asm volatile("prefetch.global.L2 [%0];" ::"l"(from.m_blocks + block));
@@ -53,30 +77,10 @@ struct Codes {
     }
   }
   __device__ void store(const Streams& to, Place place) const {
-    store_codes(to.master, place, master);
-    store_codes(to.m, place, m);
-    store_codes(to.v, place, v);
-    if constexpr (has_weight_of_element(R.formats)) store_codes(to.weight, place, weight);
-  }
-
- private:
-  template <std::size_t Bytes>
-  __device__ static void load_codes(Packed<Bytes>& p, const char* from, Place place) {
-    if constexpr (takes_quads(R.formats)) {
-      load_quad(p, 0, from, place.first);
-      load_quad(p, 1, from, place.first + place.gap);
-    } else {
-      p = load_packed<Bytes>(from, place.first);
-    }
-  }
-  template <std::size_t Bytes>
-  __device__ static void store_codes(char* to, Place place, const Packed<Bytes>& p) {
-    if constexpr (takes_quads(R.formats)) {
-      store_quad(to, place.first, p, 0);
-      store_quad(to, place.first + place.gap, p, 1);
-    } else {
-      store_packed(to, place.first, p);
-    }
+    store_at<R.formats>(to.master, place, master);
+    store_at<R.formats>(to.m, place, m);
+    store_at<R.formats>(to.v, place, v);
+    if constexpr (has_weight_of_element(R.formats)) store_at<R.formats>(to.weight, place, weight);
   }
 };
 
@@ -101,25 +105,6 @@ __device__ void update_values(const AdamwTensorStep& s, const Codes<R>& codes, f
 /// Whether both moments are quantised, so that no small number is left over from long ago.
 constexpr bool takes_fast_math(const StateFormats& f) {
   return f.m != StateFormat::f32 && f.v != StateFormat::f32;
-}
-
-/// The same by IeeeMath, for the rare vector that FastMath cannot do. Reads it once more, so that
-/// the usual path need not keep it.
-template <AdamwRow R>
-__device__ __noinline__ void update_values_again(const Work& work, int i, float m_inv, float v_inv,
-                                                 AdamwValues* values) {
-  Codes<R> codes;
-  codes.load(work.streams, {i, 4});
-  IeeeMath math;
-  AdamwTensorStep s = work.step;
-  if (R.formats.master == StateFormat::split) s.master_inv *= 0x1p120f;
-  AdamwValues result[kVector];
-  update_values<R>(s, codes, m_inv, v_inv, result, math);
-  for (int k = 0; k < kVector; ++k) {
-    values[k] = result[k];
-    // Far below the smallest code, and the caller tells it from zero by its exponent.
-    if (result[k].second > 0.0f) values[k].second = fmaxf(result[k].second, 0x1p-126f);
-  }
 }
 
 /// Largest codes that a thread has stored, on top; of block formats the largest `inv`.

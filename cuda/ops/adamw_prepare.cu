@@ -202,7 +202,10 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   const auto begin = [&](std::int64_t t) {
     AdamwTensorStep step;
     next = begin_tensor(s, p.group, p.tensor.formats, p.old, p.bounds, step);
-    step.row = args.config.stochastic_rounding ? row_of(p.tensor, step) : 0;
+    step.row = !args.config.stochastic_rounding ? 0
+               : args.exchanges == nullptr
+                   ? row_of(p.tensor, p.tensor.gradient_dtype, step)
+                   : row_of(p.tensor, args.exchanges[t], args.sums_contributions, step);
     store_entry(args.steps + t, step);
   };
   const bool has_one = args.tensor_count <= threads;

@@ -36,10 +36,11 @@ __device__ inline bool are_scales_fit_for_row(const StateFormats& f, const Adamw
          (s.master_inv <= 0x1p6f && fabsf(s.group.weight_factor) <= 2.0f);
 }
 
-/// The row of a tensor in this step, counted from 1; 0 for the general code.
-__device__ inline std::uint32_t row_of(const AdamwTensor& t, const AdamwTensorStep& s) {
+/// The row of a tensor with this gradient in this step, counted from 1; 0 for the general code.
+__device__ inline std::uint32_t row_of(const AdamwTensor& t, DType gradient,
+                                       const AdamwTensorStep& s) {
   std::uint32_t row = 0;
-  const std::uint32_t key = key_of(t.gradient_dtype, t.formats);
+  const std::uint32_t key = key_of(gradient, t.formats);
   find_row([&]<std::size_t I>() {
     constexpr std::uint32_t kKey = key_of(kAdamwRows[I].gradient, kAdamwRows[I].formats);
     if (key == kKey) row = I + 1;
@@ -48,6 +49,14 @@ __device__ inline std::uint32_t row_of(const AdamwTensor& t, const AdamwTensorSt
   const bool fits = s.group.l2 == 0.0f && is_aligned_for_row(t) && is_shaped_for_row(t) &&
                     are_scales_fit_for_row(t.formats, s);
   return fits ? row : 0;
+}
+
+/// The same for a tensor that exchanges.
+__device__ inline std::uint32_t row_of(const AdamwTensor& t, const AdamwExchange& x, bool sums,
+                                       const AdamwTensorStep& s) {
+  const DType gradient = sums ? x.dtype : t.gradient_dtype;
+  const bool fits = is_fit_for_row(x) && is_exchanged(gradient, t.formats, sums);
+  return fits ? row_of(t, gradient, s) : 0;
 }
 
 }  // namespace octet::detail::cuda

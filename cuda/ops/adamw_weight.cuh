@@ -5,16 +5,17 @@
 #pragma once
 
 #include "cuda/device/reduce.cuh"
-#include "cuda/ops/adamw_codes.cuh"
+#include "cuda/ops/adamw_exchange.cuh"
 #include "octet/ops/detail/adamw_tiles.hpp"
 
 namespace octet::detail::cuda {
 
 /// Casts a tile of any shape from the codes of the stored master, which master_at(i) tells for
-/// element i of the tensor. All threads of the block must call it.
+/// element i of the tensor; also into the copies of an exchange, which may be null. All threads of
+/// the block must call it.
 template <class MasterAt>
-__device__ void cast_tile(const AdamwTensor& t, const AdamwTensorStep& s, const AdamwTile& tile,
-                          const MasterAt& master_at) {
+__device__ void cast_tile(const AdamwTensor& t, const AdamwTensorStep& s, const AdamwExchange* x,
+                          const AdamwTile& tile, const MasterAt& master_at) {
   const StateFormats& f = t.formats;
   const int lane = threadIdx.x % 32;
   const auto for_columns = [&](int row, const auto& visit) {
@@ -25,7 +26,9 @@ __device__ void cast_tile(const AdamwTensor& t, const AdamwTensorStep& s, const 
   };
   const auto cast_row = [&](int row, float scale) {
     for_columns(row, [&](std::int64_t i, std::uint32_t master) {
-      store_weight(t, i, weight_code(f, s, master, scale));
+      const std::uint32_t code = weight_code(f, s, master, scale);
+      store_weight(t, i, code);
+      store_copies(x, f, i, code);
     });
   };
   const auto for_rows = [&](const auto& visit) {
@@ -44,14 +47,17 @@ __device__ void cast_tile(const AdamwTensor& t, const AdamwTensorStep& s, const 
   });
   if (has_scale_per_row(t)) return;
   const float scale = weight_block_scale(f, s, block_max(largest));
-  if (threadIdx.x == 0) store_weight_scale(t, tile.row, tile.column, scale);
+  if (threadIdx.x == 0) {
+    store_weight_scale(t, tile.row, tile.column, scale);
+    store_copied_scale(x, t, tile.row, tile.column, scale);
+  }
   for_rows([&](int row) { cast_row(row, scale); });
 }
 
 /// The same for a whole tile of formats known at compile time, in vectors; `largest` is the code of
 /// a thread's largest master. Leaves the codes in `tile` where they are also wanted transposed.
-template <AdamwRow R, class Tile>
-__device__ void cast_whole_tile(const Work& work, const Walk& walk, std::uint32_t largest,
+template <AdamwRow R, Exchange X, class Tile>
+__device__ void cast_whole_tile(const WorkOf<X>& work, const Walk& walk, std::uint32_t largest,
                                 Tile& tile) {
   constexpr StateFormats F = R.formats;
   static_assert(granularity_of(F.weight) == Granularity::tile);
@@ -59,7 +65,9 @@ __device__ void cast_whole_tile(const Work& work, const Walk& walk, std::uint32_
   // Its barriers also make the masters visible.
   const float scale = weight_block_scale(F, work.step, block_max(largest));
   if (threadIdx.x == 0) {
-    store_weight_scale(t, walk.first / t.columns, walk.first % t.columns, scale);
+    const std::int64_t row = walk.first / t.columns, column = walk.first % t.columns;
+    store_weight_scale(t, row, column, scale);
+    store_copied_scale(exchange_in(work), t, row, column, scale);
   }
   const float factor = work.step.master_scale_inv * scale;
   const int group = threadIdx.x % kBlockThreads;
@@ -71,6 +79,7 @@ __device__ void cast_whole_tile(const Work& work, const Walk& walk, std::uint32_
     decode<F.master>(master, x);
     const Packed<1> weight = e4m3_of(x, factor);
     store_packed(work.streams.weight, i, weight);
+    if constexpr (X != Exchange::nothing) store_copies_at<F>(work, {i, 4}, weight);
     if constexpr (is_transposed(F.weight)) {
       tile.at(row, group) = {weight.word[0], weight.word[1]};
     }

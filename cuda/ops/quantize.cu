@@ -224,10 +224,12 @@ int staged_tiles(const Context& ctx, void (*kernel)(Cast), std::size_t tile_byte
   return static_cast<int>((all - taken) / tile_bytes);
 }
 
-/// Current scaling in one kernel; false, and nothing happens, for what is too large. Twice what the
+/// Current scaling in one kernel; false, and nothing happens, for what is too large, and where it
+/// would wait for other streams. Twice what the
 /// device keeps is still faster so (measured), although the other half is read twice.
 template <class In, class Out>
 bool launch_measuring_cast(const Context& ctx, Cast cast) {
+  if (ctx.shares_device()) return false;
   const auto kernel = cast.columns != 0 ? cast_tiles_kernel<In, Out, Mode::measures>
                                         : cast_rows_kernel<In, Out, Mode::measures>;
   const auto blocks =

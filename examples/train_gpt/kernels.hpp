@@ -70,15 +70,17 @@ struct Kernels {
               float* out);
 
   /// Mean cross-entropy of the next byte into *loss. token_loss: [tokens] scratch. Overwrites the
-  /// logits [tokens, vocabulary] with the gradient of the mean.
+  /// logits [tokens, vocabulary] with the gradient of this batch's part in the mean over
+  /// `mean_tokens`, those of all micro-batches.
   void (*cross_entropy)(const octet::Context&, const Windows&, std::int64_t vocabulary,
-                        float* logits, float* token_loss, float* loss);
+                        std::int64_t mean_tokens, float* logits, float* token_loss, float* loss);
 
   /// Workspace that the kernels above take from the context.
   std::size_t (*workspace_bytes)(const AttentionShape&, std::int64_t vocabulary);
 
-  /// A stream of the device for a Context, and its end. Null streams on a CPU.
-  CUstream_st* (*create_stream)(int device);
+  /// A stream of the device for a Context, and its end. Null streams on a CPU. Blocks of an urgent
+  /// one are the first to get what a multiprocessor has free.
+  CUstream_st* (*create_stream)(int device, bool urgent);
   void (*destroy_stream)(int device, CUstream_st* stream);
 };
 

@@ -209,10 +209,10 @@ void add(const Context&, const float* a, const float* b, std::int64_t count, flo
   for (std::int64_t i = 0; i < count; ++i) out[i] = a[i] + b[i];
 }
 
-void cross_entropy(const Context&, const Windows& windows, std::int64_t vocabulary, float* logits,
-                   float* token_loss, float* loss) {
+void cross_entropy(const Context&, const Windows& windows, std::int64_t vocabulary,
+                   std::int64_t mean_tokens, float* logits, float* token_loss, float* loss) {
   const std::int64_t tokens = windows.tokens();
-  const float share = 1.0f / static_cast<float>(tokens);
+  const float share = 1.0f / static_cast<float>(mean_tokens);
 #pragma omp parallel for schedule(static)
   for (std::int64_t i = 0; i < tokens; ++i) {
     float* row = logits + i * vocabulary;
@@ -252,7 +252,7 @@ const Kernels& cpu_kernels() {
       .add = add,
       .cross_entropy = cross_entropy,
       .workspace_bytes = [](const AttentionShape&, std::int64_t) { return std::size_t{0}; },
-      .create_stream = [](int) -> CUstream_st* { return nullptr; },
+      .create_stream = [](int, bool) -> CUstream_st* { return nullptr; },
       .destroy_stream = [](int, CUstream_st*) {},
   };
   return kKernels;

@@ -270,8 +270,8 @@ struct Add {
 };
 
 /// One warp per token.
-__global__ void cross_entropy_kernel(Windows windows, std::int64_t vocabulary, float* logits,
-                                     float* token_loss) {
+__global__ void cross_entropy_kernel(Windows windows, std::int64_t vocabulary,
+                                     std::int64_t mean_tokens, float* logits, float* token_loss) {
   const std::int64_t i = std::int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
   if (i >= windows.tokens()) return;
   float* row = logits + i * vocabulary;
@@ -283,7 +283,7 @@ __global__ void cross_entropy_kernel(Windows windows, std::int64_t vocabulary, f
   float sum = 0.0f;
   for (std::int64_t j = threadIdx.x; j < vocabulary; j += 32) sum += exp_of(row[j] - largest);
   sum = lane_sum<32>(sum);
-  const float share = 1.0f / static_cast<float>(windows.tokens());
+  const float share = 1.0f / static_cast<float>(mean_tokens);
   for (std::int64_t j = threadIdx.x; j < vocabulary; j += 32) {
     row[j] = exp_of(row[j] - largest) * (share / sum) - (j == target ? share : 0.0f);
   }
@@ -304,10 +304,10 @@ __global__ void mean_kernel(const float* values, std::int64_t count, float* mean
 }
 
 void cross_entropy(const Context& ctx, const Windows& windows, std::int64_t vocabulary,
-                   float* logits, float* token_loss, float* loss) {
+                   std::int64_t mean_tokens, float* logits, float* token_loss, float* loss) {
   const cudaStream_t stream = enter(ctx);
   cross_entropy_kernel<<<blocks_for(windows.tokens(), kWarpsPerBlock), kWarps, 0, stream>>>(
-      windows, vocabulary, logits, token_loss);
+      windows, vocabulary, mean_tokens, logits, token_loss);
   check_launch("cross_entropy_kernel");
   mean_kernel<<<1, kElementThreads, 0, stream>>>(token_loss, windows.tokens(), loss);
   check_launch("mean_kernel");
@@ -320,10 +320,14 @@ std::size_t workspace_bytes(const AttentionShape& shape, std::int64_t vocabulary
   return octet::WorkspaceScope::padded(static_cast<std::size_t>(floats) * sizeof(float));
 }
 
-CUstream_st* create_stream(int device) {
+CUstream_st* create_stream(int device, bool urgent) {
   check_cuda(cudaSetDevice(device), "cudaSetDevice");
   cudaStream_t stream = nullptr;
-  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  int least = 0, greatest = 0;
+  check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "stream priorities");
+  check_cuda(
+      cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, urgent ? greatest : least),
+      "cudaStreamCreate");
   return stream;
 }
 

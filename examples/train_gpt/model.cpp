@@ -167,8 +167,8 @@ void Gpt::forward(const Windows& windows, float* loss, Pass pass) {
   }
   norm_forward(final_norm_, last_.as<float>(), narrow_.as<float>());
   matrix_forward(head_, narrow_, logits_);
-  kernels_.cross_entropy(ctx_, windows, kVocabulary, logits_.as<float>(), token_loss_.as<float>(),
-                         loss);
+  kernels_.cross_entropy(ctx_, windows, kVocabulary, tokens_ * config_.micro_batches,
+                         logits_.as<float>(), token_loss_.as<float>(), loss);
 }
 
 void Gpt::block_forward(Block& block, float* output) {

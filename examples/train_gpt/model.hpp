@@ -27,6 +27,7 @@ struct GptConfig {
   int width = 0;
   int heads = 0;
   int context = 0;
+  int micro_batches = 1;  ///< whose gradients add up to that of the mean loss
   Fp8Settings fp8 = {};
 };
 
@@ -42,7 +43,8 @@ class Gpt {
   Gpt(const octet::Context& ctx, octet::Engine& engine, octet::GemmRegistry& gemms,
       const Kernels& kernels, const GptConfig& config, std::int64_t rows, std::uint64_t seed);
 
-  /// Mean loss of the windows into *loss (device memory). Keeps what backward() needs.
+  /// Mean loss of the windows, of one micro-batch, into *loss (device memory). Keeps what
+  /// backward() needs.
   void forward(const Windows& windows, float* loss, Pass pass = Pass::training);
   /// Gradients of the last forward() for training, handed to the engine one by one.
   void backward(const Windows& windows);

@@ -10,6 +10,7 @@
 #include "kernels.hpp"
 #include "octet/comm/nccl.hpp"
 #include "octet/core/error.hpp"
+#include "octet/engine/engine.hpp"
 #include "octet/runtime/context.hpp"
 
 namespace train_gpt {
@@ -24,7 +25,10 @@ struct Arguments {
   std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
   std::optional<int> ranks, layers, width, heads, context, batch;
   std::optional<float> lr;
-  int steps = 300, log_every = 20;
+  float clip_grad = 1.0f;
+  int steps = 300, log_every = 20, micro_batches = 1;
+  std::string schedule = "auto";
+  std::optional<std::int64_t> bucket_elements;
   std::optional<std::string> fp8_format, amax_compute_algo;
   std::optional<int> amax_history_len, margin;
   std::int64_t seed = 1;
@@ -61,7 +65,20 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--heads", a.heads, "Attention heads (default: 4; on CUDA 8)");
   app.add_option("--context", a.context, "Bytes of context (default: 64; on CUDA 256)");
   app.add_option("--batch", a.batch, "Rows of the global batch (default: 16; on CUDA 32)");
+  app.add_option("--micro-batches", a.micro_batches,
+                 "Parts of a rank's rows that go through the model one after the other; their "
+                 "gradients are summed and reduced once (default: 1)");
+  app.add_option("--schedule", a.schedule,
+                 "overlap (gradients are reduced during backward, on a stream of their own), "
+                 "after_backward, fused (inside the update of an optimizer that is cut over ranks: "
+                 "O3, with --clip-grad 0) or auto (overlap on CUDA with several ranks, else "
+                 "after_backward; default: auto)");
+  app.add_option("--bucket-elements", a.bucket_elements,
+                 "Gradients are reduced in buckets of at least so many elements (default: 4194304 "
+                 "with overlap, of which only the last bucket is waited for, else 33554432)");
   app.add_option("--lr", a.lr, "Peak learning rate (default: 2e-3; on CUDA 1e-3)");
+  app.add_option("--clip-grad", a.clip_grad,
+                 "Norm that gradients are clipped to; 0 for no clipping (default: 1)");
   app.add_option("--seed", a.seed, "Seed of weights, batches and rounding (default: 1)");
   app.add_option("--log-every", a.log_every,
                  "Steps between progress lines in a file (default: 20)");
@@ -156,6 +173,23 @@ int choose_ranks(std::optional<int> asked, DeviceType device) {
   return ranks;
 }
 
+octet::Schedule choose_schedule(const std::string& text, DeviceType device, int ranks) {
+  require(text == "auto" || text == "overlap" || text == "after_backward" || text == "fused",
+          "--schedule ", text, ": must be auto, overlap, after_backward or fused");
+  if (text == "fused") return octet::Schedule::fused;
+  const bool overlaps =
+      text == "overlap" || (text == "auto" && device == DeviceType::cuda && ranks > 1);
+  return overlaps ? octet::Schedule::overlap : octet::Schedule::after_backward;
+}
+
+/// With overlap what the last bucket takes is not hidden: it must be a small part of the model.
+std::int64_t choose_bucket_elements(std::optional<std::int64_t> asked, octet::Schedule schedule) {
+  constexpr std::int64_t kOverlap = std::int64_t{4} << 20;
+  require(!asked || *asked >= 1, "--bucket-elements ", asked.value_or(0), ": must be at least 1");
+  return asked.value_or(
+      schedule == octet::Schedule::overlap ? kOverlap : octet::EngineConfig{}.bucket_elements);
+}
+
 void check_model(const GptConfig& model) {
   const auto at_least = [](const char* name, int value, int least) {
     require(value >= least, "--", name, " ", value, ": must be at least ", least);
@@ -173,14 +207,35 @@ void check_model(const GptConfig& model) {
           model.heads, ": a head may be at most ", kMaxHeadWidth, " wide");
 }
 
+/// The sum inside the update leaves no means, whose norm clipping needs.
+void check_fused(const Options& options) {
+  if (options.schedule != octet::Schedule::fused) return;
+  require(options.ranks > 1, "--schedule fused: is for several ranks, but --ranks is ",
+          options.ranks);
+  for (const Setup& setup : options.setups) {
+    require(octet::sharding_of(setup.level) == octet::Sharding::optimizer,
+            "--schedule fused: is for --levels O3, whose optimizer is cut over ranks, not ",
+            setup.name);
+  }
+  require(options.clip_grad == 0.0f, "--schedule fused: needs --clip-grad 0, but it is ",
+          options.clip_grad);
+}
+
 void check_training(const Options& options) {
   require(options.steps >= 1, "--steps ", options.steps, ": must be at least 1");
   require(options.log_every >= 1, "--log-every ", options.log_every, ": must be at least 1");
   require(options.batch >= 1, "--batch ", options.batch, ": must be at least 1");
   require(options.batch % options.ranks == 0, "--batch ", options.batch,
           ": must be a multiple of the number of ranks, --ranks ", options.ranks);
+  const int micro_batches = options.model.micro_batches;
+  require(micro_batches >= 1, "--micro-batches ", micro_batches, ": must be at least 1");
+  require(options.batch / options.ranks % micro_batches == 0, "--micro-batches ", micro_batches,
+          ": must divide the ", options.batch / options.ranks, " rows of a rank, --batch ",
+          options.batch, " over --ranks ", options.ranks);
   require(std::isfinite(options.lr) && options.lr > 0.0f, "--lr ", options.lr,
           ": must be a positive number");
+  require(std::isfinite(options.clip_grad) && options.clip_grad >= 0.0f, "--clip-grad ",
+          options.clip_grad, ": must be a positive number, or 0 for no clipping");
   if (!options.json.empty()) {
     const auto folder = std::filesystem::absolute(options.json).parent_path();
     require(std::filesystem::is_directory(folder), "--json ", options.json, ": there is no folder ",
@@ -199,6 +254,8 @@ std::optional<Options> parse_options(int argc, char** argv) {
   options.device = choose_device(arguments.device);
   const Defaults& defaults = options.device == DeviceType::cpu ? kCpuDefaults : kCudaDefaults;
   options.ranks = choose_ranks(arguments.ranks, options.device);
+  options.schedule = choose_schedule(arguments.schedule, options.device, options.ranks);
+  options.bucket_elements = choose_bucket_elements(arguments.bucket_elements, options.schedule);
   options.data = arguments.data;
   for (const std::string& name : arguments.levels) options.setups.push_back(setup_of(name));
   require(!options.setups.empty(), "--levels: at least one level is needed");
@@ -206,16 +263,19 @@ std::optional<Options> parse_options(int argc, char** argv) {
                    .width = arguments.width.value_or(defaults.model.width),
                    .heads = arguments.heads.value_or(defaults.model.heads),
                    .context = arguments.context.value_or(defaults.model.context),
+                   .micro_batches = arguments.micro_batches,
                    .fp8 = fp8_settings_of(arguments)};
   options.batch = arguments.batch.value_or(defaults.batch);
   options.steps = arguments.steps;
   options.lr = arguments.lr.value_or(defaults.lr);
   require(arguments.seed >= 0, "--seed ", arguments.seed, ": must not be negative");
   options.seed = static_cast<std::uint64_t>(arguments.seed);
+  options.clip_grad = arguments.clip_grad;
   options.log_every = arguments.log_every;
   options.json = arguments.json;
   check_model(options.model);
   check_training(options);
+  check_fused(options);
   return options;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "model.hpp"
+#include "octet/comm/gradient_reducer.hpp"
 #include "octet/core/tensor_view.hpp"
 #include "octet/engine/level.hpp"
 
@@ -24,15 +25,19 @@ struct Options {
   std::vector<Setup> setups;
   octet::DeviceType device = octet::DeviceType::cpu;
   int ranks = 1;
+  octet::Schedule schedule = octet::Schedule::after_backward;
+  std::int64_t bucket_elements = 0;
   int steps = 300;
   GptConfig model;
   int batch = 0;  ///< rows of the global batch
   float lr = 0.0f;
+  float clip_grad = 1.0f;  ///< 0: no clipping
   std::uint64_t seed = 0;
   int log_every = 20;
   std::string json;  ///< empty: no file
 
-  int rows_per_rank() const { return batch / ranks; }
+  /// Rows of a micro-batch on a rank.
+  int rows_per_pass() const { return batch / ranks / model.micro_batches; }
   std::int64_t tokens_per_step() const { return std::int64_t{batch} * model.context; }
 };
 

@@ -30,13 +30,13 @@ void share_cores([[maybe_unused]] int ranks) {
 #endif
 }
 
-/// The device of one rank; its stream lives for as long as anything that works on it.
+/// The device of one rank and a stream of it, which lives for as long as anything that works on it.
 class RankDevice {
  public:
-  RankDevice(DeviceType type, int index)
+  RankDevice(DeviceType type, int index, bool urgent = false)
       : kernels_(type == DeviceType::cuda ? cuda_kernels() : cpu_kernels()),
         index_(index),
-        stream_(kernels_.create_stream(index)) {
+        stream_(kernels_.create_stream(index, urgent)) {
     ctx_ = type == DeviceType::cuda ? octet::Context::cuda(index, stream_) : octet::Context::cpu();
   }
   ~RankDevice() {
@@ -58,18 +58,20 @@ class RankDevice {
 
 class Group {
  public:
-  Group(DeviceType device, int count) : device_(device), count_(count), threads_(count) {
+  Group(DeviceType device, int count, octet::Schedule schedule)
+      : device_(device), count_(count), schedule_(schedule), threads_(count) {
     if (device_ == DeviceType::cuda && count_ > 1) nccl_id_ = octet::make_nccl_id();
   }
 
   void run_rank(int rank, const std::function<void(const Rank&)>& body) {
     // Outside the try block: the others must not see this rank leave before they know why.
-    std::optional<RankDevice> device;
+    std::optional<RankDevice> device, side;
     std::unique_ptr<octet::Communicator> comm;
     try {
       share_cores(count_);
       device.emplace(device_, rank);
-      comm = join(rank, device->context());
+      if (schedule_ == octet::Schedule::overlap) side.emplace(device_, rank, true);
+      comm = join(rank, side ? side->context() : device->context());
       body({rank, device->context(), *comm, device->kernels()});
     } catch (const std::exception& error) {
       end_the_others(rank, error.what());
@@ -101,6 +103,7 @@ class Group {
 
   DeviceType device_;
   int count_;
+  octet::Schedule schedule_;
   octet::ThreadGroup threads_;
   octet::NcclId nccl_id_{};
   std::mutex mutex_;
@@ -109,8 +112,9 @@ class Group {
 
 }  // namespace
 
-void run_ranks(DeviceType device, int count, const std::function<void(const Rank&)>& body) {
-  Group group(device, count);
+void run_ranks(DeviceType device, int count, octet::Schedule schedule,
+               const std::function<void(const Rank&)>& body) {
+  Group group(device, count, schedule);
   {
     std::vector<std::jthread> threads;
     for (int rank = 0; rank < count; ++rank) {

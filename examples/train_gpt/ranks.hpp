@@ -4,7 +4,7 @@
 #include <functional>
 
 #include "kernels.hpp"
-#include "octet/comm/communicator.hpp"
+#include "octet/comm/gradient_reducer.hpp"
 
 namespace train_gpt {
 
@@ -18,8 +18,10 @@ struct Rank {
 
 /// Runs data-parallel ranks as threads of this process and waits for all. On a CPU they share the
 /// cores and talk through octet::ThreadGroup; on CUDA each has a GPU and a stream of its own and
-/// they talk through NCCL. The first exception of any rank ends the others and is thrown once, as
-/// octet::Error naming the rank.
-void run_ranks(octet::DeviceType device, int count, const std::function<void(const Rank&)>& body);
+/// they talk through NCCL. With Schedule::overlap the communicator's context is another one than
+/// the rank's, on CUDA with a stream of its own. The first exception of any rank ends the others
+/// and is thrown once, as octet::Error naming the rank.
+void run_ranks(octet::DeviceType device, int count, octet::Schedule schedule,
+               const std::function<void(const Rank&)>& body);
 
 }  // namespace train_gpt

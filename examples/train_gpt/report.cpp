@@ -43,6 +43,9 @@ nlohmann::ordered_json to_json(const RunResult& run) {
   return {{"level", run.name},
           {"sharding", octet::name_of(run.sharding)},
           {"ranks", run.ranks},
+          {"schedule", octet::name_of(run.schedule)},
+          {"clip_grad", run.clip_grad},
+          {"micro_batches", run.micro_batches},
           {"device", name_of(run.device)},
           {"parameters", run.parameters},
           {"fp8_recipe", is_fp8 ? Json(octet::name_of(run.fp8.recipe)) : Json()},
@@ -69,9 +72,9 @@ std::string to_markdown(const std::vector<RunResult>& runs) {
   if (!runs.empty()) {
     const RunResult& run = runs.front();
     out << run.parameters << " parameters, " << run.ranks << (run.ranks == 1 ? " rank" : " ranks")
-        << " on " << name_of(run.device) << ", " << run.losses.size()
-        << " steps. Bytes: measured / "
-        << "planned.\n\n";
+        << " on " << name_of(run.device) << ", " << run.losses.size() << " steps";
+    if (run.micro_batches > 1) out << " of " << run.micro_batches << " micro-batches";
+    out << ". Bytes: measured / planned.\n\n";
   }
   out << "| level | sharding | validation loss | state bytes per FP8-managed parameter "
          "| state bytes per parameter | peak MB per rank | wire bytes per parameter and step "

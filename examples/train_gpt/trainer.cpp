@@ -15,7 +15,6 @@
 namespace train_gpt {
 namespace {
 
-constexpr float kMaxNorm = 1.0f;
 constexpr float kWeightDecay = 0.1f;
 constexpr std::int64_t kMostValidationBatches = 40;
 /// On CUDA the losses are read back, and so the host waits, only every so many steps.
@@ -86,12 +85,17 @@ class RankTrainer {
         engine_(ctx_, comm_,
                 {.level = setup.level,
                  .formats = engine_formats(setup, options.model.fp8.recipe),
-                 .adamw = {.weight_decay = kWeightDecay, .seed = options.seed}}),
-        model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_rank(),
+                 .adamw = {.weight_decay = kWeightDecay, .seed = options.seed},
+                 .bucket_elements = options.bucket_elements,
+                 .schedule = options.schedule,
+                 .clipping = options.clip_grad > 0.0f,
+                 .micro_batches = options.model.micro_batches}),
+        model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_pass(),
                options.seed),
-        windows_(ctx_, static_cast<std::size_t>(options.rows_per_rank()) *
+        windows_(ctx_, static_cast<std::size_t>(options.rows_per_pass()) *
                            static_cast<std::size_t>(options.model.context + 1)),
-        losses_(ctx_, octet::DType::f32, {options.steps}) {}
+        losses_(ctx_, octet::DType::f32,
+                {std::int64_t{options.steps} * options.model.micro_batches}) {}
 
   RankReport run(LossBoard& board) {
     RankReport report;
@@ -99,6 +103,8 @@ class RankTrainer {
     validate(report);
     report.plan = engine_.plan();
     report.peak_bytes = ctx_.memory_use().peak;
+    const octet::Context& side = comm_.context();
+    if (side.state() != ctx_.state()) report.peak_bytes += side.memory_use().peak;
     return report;
   }
 
@@ -114,10 +120,7 @@ class RankTrainer {
       const int done = step + 1;
       if (done % every != 0 && done != options_.steps) continue;
       const auto read = static_cast<int>(report.losses.size());
-      const auto fresh = octet::read_sync<float>(ctx_, losses_.as<float>() + read,
-                                                 static_cast<std::size_t>(done - read));
-      in_flight_.clear();
-      report.losses.insert(report.losses.end(), fresh.begin(), fresh.end());
+      read_losses(report.losses, done);
       const Clock::time_point now = Clock::now();
       seconds.push_back(std::chrono::duration<double>(now - std::exchange(start, now)).count() /
                         (done - read));
@@ -129,28 +132,53 @@ class RankTrainer {
     report.step_seconds = median_after_start(std::move(seconds));
   }
 
+  /// Those of the steps up to `done`, each the mean of its micro-batches. Waits for the stream.
+  void read_losses(std::vector<float>& losses, int done) {
+    const auto parts = static_cast<std::size_t>(micro_batches());
+    const std::size_t from = losses.size() * parts;
+    const auto fresh = octet::read_sync<float>(ctx_, losses_.as<float>() + from,
+                                               static_cast<std::size_t>(done) * parts - from);
+    in_flight_.clear();
+    for (std::size_t i = 0; i < fresh.size(); i += parts) {
+      float sum = 0.0f;
+      for (std::size_t m = 0; m < parts; ++m) sum += fresh[i + m];
+      losses.push_back(sum / static_cast<float>(parts));
+    }
+  }
+
+  int micro_batches() const { return options_.model.micro_batches; }
+  /// The first row of a micro-batch in the global batch.
+  std::int64_t first_row(int micro_batch) const {
+    return (std::int64_t{rank_} * micro_batches() + micro_batch) * options_.rows_per_pass();
+  }
+
   octet::StepResult train_step(int step) {
-    const std::int64_t rows = options_.rows_per_rank();
-    const Windows windows = upload(data_.training_windows(options_.seed, step, rank_ * rows, rows));
-    model_.forward(windows, losses_.as<float>() + step);
-    model_.backward(windows);
+    const std::int64_t rows = options_.rows_per_pass();
+    for (int m = 0; m < micro_batches(); ++m) {
+      const Windows windows =
+          upload(data_.training_windows(options_.seed, step, first_row(m), rows));
+      model_.forward(windows, losses_.as<float>() + step * micro_batches() + m);
+      model_.backward(windows);
+    }
     octet::StepResult result = engine_.step(
-        {.lr = learning_rate(options_.lr, step, options_.steps), .max_norm = kMaxNorm});
+        {.lr = learning_rate(options_.lr, step, options_.steps), .max_norm = options_.clip_grad});
     model_.end_step();
     return result;
   }
 
   /// The same batches for every level and number of ranks; the ranks take turns.
   void validate(RankReport& report) {
-    const std::int64_t rows = options_.rows_per_rank();
+    const std::int64_t rows = options_.rows_per_pass();
     const std::int64_t total = data_.validation_count(options_.batch, kMostValidationBatches);
-    for (std::int64_t row = rank_ * rows; row < total; row += options_.batch) {
-      model_.forward(upload(data_.validation_windows(row, rows, total)), losses_.as<float>(),
-                     Pass::validation);
-      const float loss = octet::read_sync<float>(ctx_, losses_.as<float>(), 1).front();
-      in_flight_.clear();
-      report.validation_loss +=
-          static_cast<double>(loss) * static_cast<double>(rows) / static_cast<double>(total);
+    for (std::int64_t batch = 0; batch < total; batch += options_.batch) {
+      for (int m = 0; m < micro_batches(); ++m) {
+        model_.forward(upload(data_.validation_windows(batch + first_row(m), rows, total)),
+                       losses_.as<float>(), Pass::validation);
+        const float loss = octet::read_sync<float>(ctx_, losses_.as<float>(), 1).front();
+        in_flight_.clear();
+        report.validation_loss +=
+            static_cast<double>(loss) * static_cast<double>(rows) / static_cast<double>(total);
+      }
     }
   }
 
@@ -159,7 +187,7 @@ class RankTrainer {
   Windows upload(std::vector<std::uint8_t> text) {
     const std::vector<std::uint8_t>& kept = in_flight_.emplace_back(std::move(text));
     octet::copy_bytes(ctx_, windows_.data(), kept.data(), kept.size());
-    return {windows_.as<std::uint8_t>(), options_.rows_per_rank(), options_.model.context};
+    return {windows_.as<std::uint8_t>(), options_.rows_per_pass(), options_.model.context};
   }
 
   /// Median without the first tenth, in which caches and clocks warm up.
@@ -208,6 +236,9 @@ RunResult summarise(const Options& options, const Setup& setup,
   result.name = setup.name;
   result.sharding = first.plan.sharding;
   result.ranks = options.ranks;
+  result.schedule = options.schedule;
+  result.clip_grad = options.clip_grad;
+  result.micro_batches = options.model.micro_batches;
   result.device = options.device;
   result.parameters = first.plan.parameters;
   result.fp8 = options.model.fp8;
@@ -257,7 +288,7 @@ RunResult train(const Options& options, const Setup& setup, const TextData& data
   LossBoard board(progress, options.ranks);
   std::vector<RankReport> reports(static_cast<std::size_t>(options.ranks));
   progress.begin(setup.name);
-  run_ranks(options.device, options.ranks, [&](const Rank& rank) {
+  run_ranks(options.device, options.ranks, options.schedule, [&](const Rank& rank) {
     RankTrainer trainer(options, setup, data, rank);
     reports[static_cast<std::size_t>(rank.index)] = trainer.run(board);
   });

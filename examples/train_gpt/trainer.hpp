@@ -22,6 +22,9 @@ struct RunResult {
   std::string name;  ///< of the setup
   octet::Sharding sharding = octet::Sharding::none;
   int ranks = 1;
+  octet::Schedule schedule = octet::Schedule::after_backward;
+  float clip_grad = 0.0f;
+  int micro_batches = 1;
   octet::DeviceType device = octet::DeviceType::cpu;
   std::int64_t parameters = 0;
   Fp8Settings fp8;

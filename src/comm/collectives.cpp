@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "comm/owners.hpp"
+
 namespace octet {
 namespace {
 
@@ -60,27 +62,6 @@ void check_owners(const char* what, const Owners& owners, int ranks,
     }
   }
   for (std::size_t t = 0; t < numels.size(); ++t) check_cover(what, t, numels[t], by_tensor[t]);
-}
-
-// Neighbouring pieces of one owner travel as one: a transport pays for every part.
-std::vector<Piece> merged(const std::vector<Piece>& pieces) {
-  std::vector<Piece> runs;
-  for (const Piece& piece : pieces) {
-    if (piece.count == 0) continue;
-    if (!runs.empty() && runs.back().tensor == piece.tensor &&
-        runs.back().begin + runs.back().count == piece.begin) {
-      runs.back().count += piece.count;
-    } else {
-      runs.push_back(piece);
-    }
-  }
-  return runs;
-}
-
-Owners merged(const Owners& owners) {
-  Owners runs;
-  for (const std::vector<Piece>& pieces : owners) runs.push_back(merged(pieces));
-  return runs;
 }
 
 void* address_of(const TensorView& tensor, std::int64_t element) {
@@ -146,6 +127,12 @@ void check_gradients(const std::vector<ReduceTensor>& tensors, Device device) {
   }
 }
 
+const char* name_of(MeanReducer::Path path) {
+  return path == MeanReducer::Path::sharded    ? "sharded"
+         : path == MeanReducer::Path::two_shot ? "two_shot"
+                                               : "contributions";
+}
+
 // What belongs to `shard` depends on the path.
 void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path path,
                   const std::vector<Piece>& own, Device device) {
@@ -153,9 +140,10 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
   for (const Piece& piece : own) owned[index(piece.tensor)] += piece.count;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const TensorView& shard = tensors[i].shard;
-    if (path == MeanReducer::Path::two_shot) {
-      require(shard.empty(), "MeanReducer: tensor ", i,
-              " has a shard; two_shot puts the mean where the gradient was");
+    if (path != MeanReducer::Path::sharded) {
+      require(shard.empty(), "MeanReducer: tensor ", i, " has a shard; ",
+              path == MeanReducer::Path::two_shot ? "two_shot puts the mean where the gradient was"
+                                                  : "contributions makes no mean");
       continue;
     }
     if (shard.empty() && owned[i] == 0) continue;
@@ -165,6 +153,21 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
     require(shard.numel() == owned[i], "MeanReducer: the shard of tensor ", i, " has ",
             shard.numel(), " elements but this rank owns ", owned[i]);
   }
+}
+
+std::int64_t packs_of(const Piece& piece, DType dtype) {
+  return static_cast<std::int64_t>(aligned(bytes_of(piece, dtype)) / kStagingAlignment);
+}
+
+// In packs. The ranks' kernels have as many blocks as the longest shard asks for.
+std::int64_t longest_shard(const Owners& owners, DType dtype) {
+  std::int64_t longest = 0;
+  for (const std::vector<Piece>& pieces : owners) {
+    std::int64_t packs = 0;
+    for (const Piece& piece : pieces) packs += packs_of(piece, dtype);
+    longest = std::max(longest, packs);
+  }
+  return longest;
 }
 
 void check_in_window(const Window& window, const std::vector<ReduceTensor>& tensors,
@@ -184,11 +187,7 @@ void check_in_window(const Window& window, const std::vector<ReduceTensor>& tens
 MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
                          TensorScale* scales, const Owners& owners, int bucket,
                          const Window* window)
-    : comm_(comm),
-      path_(path),
-      name_{path == Path::sharded ? "sharded" : "two_shot", bucket},
-      window_(window),
-      scales_(scales) {
+    : comm_(comm), path_(path), name_{name_of(path), bucket}, window_(window), scales_(scales) {
   const Context& ctx = comm.context();
   const auto rank = static_cast<std::size_t>(comm.rank());
   check_gradients(tensors, ctx.device());
@@ -201,62 +200,66 @@ MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<Reduce
   args_.ranks = comm.size();
   args_.rank = comm.rank();
   args_.dtype = tensors[0].gradient.dtype;
-  args_.out_dtype = path == Path::sharded ? DType::f32 : args_.dtype;
+  args_.out_dtype = path == Path::two_shot ? args_.dtype : DType::f32;
   args_.tensor_count = static_cast<std::int64_t>(tensors.size());
   // All ranks' scales, then, for two_shot on one rank, those of the means, which it does not adopt.
   const bool keeps_scales = comm.size() == 1 && path == Path::two_shot;
   if (comm.size() == 1) window_ = nullptr;
   const std::size_t blocks = static_cast<std::size_t>(comm.size()) + (keeps_scales ? 1 : 0);
-  if (window_ == nullptr) gathered_ = Buffer(ctx, blocks * tensors.size() * sizeof(TensorScale));
+  gathered_ = Buffer(ctx, blocks * tensors.size() * sizeof(TensorScale));
   args_.scales = gathered_.as<TensorScale>();
   args_.mean_scales = keeps_scales ? gathered_.as<TensorScale>() + tensors.size() : scales;
   if (keeps_scales) return;
 
   const Owners runs = merged(owners);
+  for (const ReduceTensor& tensor : tensors) gradients_.push_back(tensor.gradient.data);
+  payload_ = payload_of(runs);
   if (window_ != nullptr) {
     plan_window(tensors, runs);
-  } else {
-    plan_pieces(tensors, runs[rank]);
+    return;
   }
+  plan_staging(tensors, runs[rank]);
+  if (path != Path::contributions) plan_pieces(tensors, runs[rank]);
   plan_parts(tensors, runs);
+}
+
+// What the owners of the others' pieces get from this rank, and what all get back.
+std::uint64_t MeanReducer::payload_of(const Owners& owners) const {
+  std::uint64_t bytes = 0;
+  for (int r = 0; r < args_.ranks; ++r) {
+    const bool is_own = r == args_.rank;
+    const int times = !is_own ? 1 : path_ == Path::two_shot ? args_.ranks - 1 : 0;
+    for (const Piece& piece : owners[static_cast<std::size_t>(r)]) {
+      bytes += static_cast<std::uint64_t>(times) * bytes_of(piece, args_.dtype);
+    }
+  }
+  return bytes;
 }
 
 // Where this rank's pieces lie in every rank's window.
 void MeanReducer::plan_window(const std::vector<ReduceTensor>& tensors, const Owners& owners) {
   check_in_window(*window_, tensors, scales_);
-  const auto packs_of = [&](const Piece& piece) {
-    return static_cast<std::int64_t>(aligned(bytes_of(piece, args_.dtype)) / kStagingAlignment);
-  };
   std::vector<WindowPiece> pieces;
   std::vector<std::int64_t> local(tensors.size(), 0);
   std::int64_t packs = 0;
   for (const Piece& piece : owners[static_cast<std::size_t>(args_.rank)]) {
     const ReduceTensor& tensor = tensors[index(piece.tensor)];
+    std::int64_t& at = local[index(piece.tensor)];
     WindowPiece entry;
     entry.tensor = piece.tensor;
     entry.count = piece.count;
     entry.offset = window_->offset_of(address_of(tensor.gradient, piece.begin));
     entry.begin = packs;
-    if (path_ == Path::sharded) {
-      entry.out = static_cast<float*>(address_of(tensor.shard, local[index(piece.tensor)]));
-    }
-    local[index(piece.tensor)] += piece.count;
-    packs += packs_of(piece);
+    if (path_ == Path::sharded) entry.out = static_cast<float*>(address_of(tensor.shard, at));
+    at += piece.count;
+    packs += packs_of(piece, args_.dtype);
     pieces.push_back(entry);
   }
-  std::int64_t longest = 0;  // over the ranks: all start as many blocks
-  for (const std::vector<Piece>& each : owners) {
-    std::int64_t sum = 0;
-    for (const Piece& piece : each) sum += packs_of(piece);
-    longest = std::max(longest, sum);
-  }
-  const Context& ctx = comm_.context();
-  pieces_ = upload_sync<WindowPiece>(ctx, std::span<const WindowPiece>(pieces));
-  gathered_ = Buffer(ctx, tensors.size() * sizeof(TensorScale));
+  pieces_ = upload_sync<WindowPiece>(comm_.context(), std::span<const WindowPiece>(pieces));
   WindowMeanArgs& w = window_args_;
   w.peers = window_->peers();
-  w.peers.blocks = static_cast<int>(
-      std::clamp<std::int64_t>(longest / kPacksForBlock, 1, window_->peers().blocks));
+  w.peers.blocks = static_cast<int>(std::clamp<std::int64_t>(
+      longest_shard(owners, args_.dtype) / kPacksForBlock, 1, window_->peers().blocks));
   w.pieces = pieces_.as<WindowPiece>();
   w.piece_count = static_cast<std::int64_t>(pieces.size());
   w.pack_count = packs;
@@ -278,32 +281,44 @@ void MeanReducer::run_window(std::uint32_t* nonfinite) {
                                           sizeof(TensorScale));
 }
 
+// A block of staging holds one peer's part of this rank's shards, one after the other.
+void MeanReducer::plan_staging(const std::vector<ReduceTensor>& tensors,
+                               const std::vector<Piece>& own) {
+  std::vector<std::size_t> bytes(tensors.size(), 0);
+  for (const Piece& piece : own) bytes[index(piece.tensor)] += bytes_of(piece, args_.dtype);
+  std::size_t stride = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    staged_.push_back(static_cast<std::int64_t>(stride));
+    stride += aligned(bytes[i]);
+  }
+  if (args_.ranks > 1) {
+    staging_ = Buffer(comm_.context(), stride * static_cast<std::size_t>(args_.ranks));
+  }
+  args_.staging = staging_.data();
+  args_.stride = static_cast<std::int64_t>(stride);
+}
+
 // Where this rank's pieces lie: its own contribution, the peers' in staging, and the mean.
 void MeanReducer::plan_pieces(const std::vector<ReduceTensor>& tensors,
                               const std::vector<Piece>& own) {
   std::vector<MeanPiece> pieces;
   std::vector<std::int64_t> local(tensors.size(), 0);
-  std::size_t staged = 0;
   for (const Piece& piece : own) {
-    const ReduceTensor& tensor = tensors[index(piece.tensor)];
+    const std::size_t t = index(piece.tensor);
+    const ReduceTensor& tensor = tensors[t];
     MeanPiece entry;
     entry.tensor = piece.tensor;
     entry.count = piece.count;
     entry.own = address_of(tensor.gradient, piece.begin);
-    entry.staged = static_cast<std::int64_t>(staged);
-    entry.out = path_ == Path::sharded ? address_of(tensor.shard, local[index(piece.tensor)])
+    entry.staged = staged_[t] + local[t] * static_cast<std::int64_t>(size_of(args_.dtype));
+    entry.out = path_ == Path::sharded ? address_of(tensor.shard, local[t])
                                        : address_of(tensor.gradient, piece.begin);
-    local[index(piece.tensor)] += piece.count;
-    staged += aligned(bytes_of(piece, args_.dtype));
+    local[t] += piece.count;
     pieces.push_back(entry);
   }
-  const Context& ctx = comm_.context();
-  pieces_ = upload_sync<MeanPiece>(ctx, std::span<const MeanPiece>(pieces));
-  if (args_.ranks > 1) staging_ = Buffer(ctx, staged * static_cast<std::size_t>(args_.ranks));
+  pieces_ = upload_sync<MeanPiece>(comm_.context(), std::span<const MeanPiece>(pieces));
   args_.pieces = pieces_.as<MeanPiece>();
   args_.piece_count = static_cast<std::int64_t>(pieces.size());
-  args_.staging = staging_.data();
-  args_.stride = static_cast<std::int64_t>(staged);
 }
 
 void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Owners& owners) {
@@ -313,38 +328,80 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
       const TensorView& gradient = tensors[index(piece.tensor)].gradient;
       sends_.push_back({address_of(gradient, piece.begin), bytes_of(piece, gradient.dtype), peer});
     }
-    auto* block = staging_.as<char>() + peer * args_.stride;
+    std::vector<std::int64_t> staged = staged_;
     for (const Piece& piece : owners[static_cast<std::size_t>(args_.rank)]) {
       const std::size_t bytes = bytes_of(piece, args_.dtype);
-      recvs_.push_back({block, bytes, peer});
-      block += aligned(bytes);
+      std::int64_t& at = staged[index(piece.tensor)];
+      recvs_.push_back({staging_.as<char>() + peer * args_.stride + at, bytes, peer});
+      at += static_cast<std::int64_t>(bytes);
     }
   }
   if (path_ == Path::two_shot) {
     plan_gather(gradients_of(tensors), owners, args_.rank, gather_sends_, gather_recvs_);
   }
-  payload_ = total_bytes(sends_) + total_bytes(gather_sends_);
 }
 
-void MeanReducer::run(std::uint32_t* nonfinite) {
-  require(nonfinite != nullptr, "MeanReducer::run: nonfinite is null; it must be a device word");
-  comm_.check();
-  if (args_.tensor_count == 0) return;
-  const CollectiveScope scope(comm_, name_);
-  if (window_ != nullptr) return run_window(nonfinite);
+// The scales of the means, and whether those are what the tensors' scales become.
+bool MeanReducer::share_scales(std::uint32_t* nonfinite) {
   const Context& ctx = comm_.context();
   MeanArgs args = args_;
   args.nonfinite = nonfinite;
   comm_.all_gather(scales_, gathered_.data(),
                    static_cast<std::size_t>(args.tensor_count) * sizeof(TensorScale));
   mean_scales(ctx, args);
-  if (args.mean_scales != scales_) {
-    max_amax(ctx, args.mean_scales, 1, args.tensor_count, scales_);
-    return;
-  }
-  if (args.ranks > 1) comm_.exchange(sends_, recvs_);
-  reduce_mean(ctx, args);
+  if (args.mean_scales == scales_) return true;
+  max_amax(ctx, args.mean_scales, 1, args.tensor_count, scales_);
+  return false;
+}
+
+void MeanReducer::collect(std::uint32_t* nonfinite) {
+  require(nonfinite != nullptr,
+          "MeanReducer::collect: nonfinite is null; it must be a device word");
+  require(path_ != Path::two_shot,
+          "MeanReducer::collect: the path is two_shot, which gathers means");
+  comm_.check();
+  if (args_.tensor_count == 0) return;
+  const CollectiveScope scope(comm_, name_);
+  share_scales(nonfinite);
+  if (window_ != nullptr) return comm_.count_sent(Traffic::payload, payload_);
+  if (args_.ranks > 1) comm_.exchange(sends_, recvs_);
+}
+
+void MeanReducer::run(std::uint32_t* nonfinite) {
+  require(nonfinite != nullptr, "MeanReducer::run: nonfinite is null; it must be a device word");
+  require(path_ != Path::contributions,
+          "MeanReducer::run: the path is contributions, which makes no means; call collect()");
+  comm_.check();
+  if (args_.tensor_count == 0) return;
+  const CollectiveScope scope(comm_, name_);
+  if (window_ != nullptr) return run_window(nonfinite);
+  if (!share_scales(nonfinite)) return;
+  if (args_.ranks > 1) comm_.exchange(sends_, recvs_);
+  reduce_mean(comm_.context(), args_);
   if (path_ == Path::two_shot) comm_.exchange(gather_sends_, gather_recvs_);
+}
+
+std::vector<RankGradients> MeanReducer::contributions() const {
+  require(path_ != Path::two_shot,
+          "MeanReducer::contributions: the path is two_shot, which gathers means");
+  std::vector<RankGradients> result;
+  for (std::size_t i = 0; i < gradients_.size(); ++i) {
+    RankGradients from;
+    from.dtype = args_.dtype;
+    from.scales = args_.scales + i;
+    from.scale_stride = args_.tensor_count;
+    for (int r = 0; r < args_.ranks; ++r) {
+      if (r == args_.rank) {
+        from.ranks.push_back({gradients_[i], false});
+      } else if (window_ != nullptr) {
+        from.ranks.push_back({window_->on_rank(r, static_cast<const char*>(gradients_[i])), false});
+      } else {
+        from.ranks.push_back({staging_.as<char>() + r * args_.stride + staged_[i], true});
+      }
+    }
+    result.push_back(std::move(from));
+  }
+  return result;
 }
 
 std::size_t MeanReducer::buffer_bytes() const {

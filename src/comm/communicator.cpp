@@ -36,8 +36,8 @@ class SingleRank final : public Communicator {
   std::string window_refusal() override { return {}; }
   std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
     const auto memory = std::make_shared<Buffer>(context(), peer_flag_bytes(1) + bytes);
-    return std::make_unique<Window>(context(), 0, std::vector<void*>{memory->data()}, bytes, 1,
-                                    deadline(), memory);
+    return std::make_unique<Window>(context(), 0, std::vector<void*>{memory->data()}, bytes,
+                                    memory->bytes(), 1, deadline(), memory);
   }
 };
 
@@ -222,6 +222,20 @@ void Communicator::do_broadcast(void* data, std::size_t bytes, int root) {
     if (peer != root) sends.push_back({data, bytes, peer});
   }
   do_exchange(sends, {});
+}
+
+void Communicator::sum_e4m3(void* codes, std::int64_t count) {
+  require(count >= 0, "sum_e4m3 on rank ", rank(), ": count is ", count,
+          "; it must not be negative");
+  require(count == 0 || codes != nullptr, "sum_e4m3 on rank ", rank(), " of ", count,
+          " codes has a null pointer");
+  const CollectiveScope scope(*this, {"sum_e4m3"});
+  keep_failure([&] { do_sum_e4m3(codes, count); });
+  wire_.payload += sum_e4m3_bytes(count, size());
+}
+
+void Communicator::do_sum_e4m3(void*, std::int64_t) {
+  fail("sum_e4m3 on rank ", rank(), ": ", name(), " does not add codes itself");
 }
 
 std::unique_ptr<Communicator> make_single(const Context& ctx) {

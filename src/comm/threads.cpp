@@ -310,7 +310,7 @@ class ThreadRank final : public Communicator {
     all_gather(mine.data(), all.data(), sizeof(own));
     const auto begins =
         octet::read_sync<void*>(context(), all.data(), static_cast<std::size_t>(size()));
-    return std::make_unique<Window>(context(), rank_, begins, bytes,
+    return std::make_unique<Window>(context(), rank_, begins, bytes, memory->bytes(),
                                     std::max(1, kBlocksOnDevice / size()), deadline(), memory);
   }
 

@@ -25,8 +25,12 @@ std::optional<PeerStatus> PeerWords::failure() const {
 void PeerWords::abort() { std::atomic_ref(status_->abort).store(1, std::memory_order_release); }
 
 Window::Window(const Context& ctx, int rank, const std::vector<void*>& begins, std::size_t bytes,
-               int blocks, std::chrono::milliseconds deadline, std::shared_ptr<void> owner)
-    : owner_(std::move(owner)), bytes_(bytes), words_(std::make_shared<PeerWords>(ctx)) {
+               std::size_t memory, int blocks, std::chrono::milliseconds deadline,
+               std::shared_ptr<void> owner)
+    : owner_(std::move(owner)),
+      bytes_(bytes),
+      memory_(memory),
+      words_(std::make_shared<PeerWords>(ctx)) {
   for (void* begin : begins) begins_.push_back(static_cast<std::byte*>(begin));
   begin_ = begins_[static_cast<std::size_t>(rank)];
   data_ = begin_ + peer_flag_bytes(static_cast<int>(begins.size()));

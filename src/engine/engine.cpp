@@ -9,12 +9,24 @@
 #include "octet/ops/quantize.hpp"
 
 namespace octet {
+namespace {
+
+Communicator& checked(Communicator& comm, const Context& ctx) {
+  require(comm.context().device() == ctx.device(), "Engine: the communicator is on ",
+          comm.context().device(), ", the engine on ", ctx.device(),
+          "; both must be on one device");
+  return comm;
+}
+
+}  // namespace
 
 Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& config)
-    : impl_(std::make_unique<Impl>(ctx, comm, config)) {
-  require(comm.context().state() == ctx.state(),
-          "Engine: the communicator belongs to another context (", comm.context().device(),
-          ") than the engine (", ctx.device(), ")");
+    : impl_(std::make_unique<Impl>(ctx, checked(comm, ctx), config)) {
+  require(config.schedule != Schedule::overlap || impl_->streams.is_apart(),
+          "Engine: schedule is overlap, but the communicator shares the engine's stream; make it "
+          "with a Context of the same device that has a stream of its own");
+  require(config.micro_batches > 0, "Engine: micro_batches is ", config.micro_batches,
+          "; it must be positive");
   require(config.bucket_elements > 0, "Engine: bucket_elements is ", config.bucket_elements,
           "; it must be positive");
   require(config.fp8_min_elements >= 0, "Engine: fp8_min_elements is ", config.fp8_min_elements,
@@ -23,7 +35,12 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   impl_->plan.level = config.level;
   impl_->plan.sharding = config.sharding.value_or(sharding_of(config.level));
   impl_->plan.formats = config.formats.value_or(formats_of(config.level));
+  require(config.schedule != Schedule::fused || impl_->sharded(),
+          "Engine: schedule is fused and sharding is ", name_of(impl_->plan.sharding), " over ",
+          comm.size(), comm.size() == 1 ? " rank" : " ranks",
+          "; fused needs sharding = optimizer over more than one rank");
   check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
+  impl_->check_accumulator();
   const StateFormats& formats = impl_->plan.formats.state;
   check_formats("Engine: formats", formats, config.adamw.of());
   require(formats.weight != WeightFormat::none,
@@ -127,37 +144,6 @@ void Engine::weight_as(ParamId id, const TensorView& out) const {
   convert(impl_->ctx, weight(id), out);
 }
 
-void Engine::add_gradient(ParamId id, const TensorView& gradient) {
-  Impl& e = *impl_;
-  e.require_frozen("add_gradient");
-  Impl::Param& p = e.param(id, "add_gradient");
-  require(gradient.shape == p.spec.shape, "parameter \"", p.spec.name, "\" has shape ",
-          p.spec.shape, " but its gradient has ", gradient.shape);
-  require(!is_fp8(gradient.dtype), "parameter \"", p.spec.name, "\": the gradient is ",
-          name_of(gradient.dtype), "; allowed are f32, bf16, f16");
-  require(gradient.device == e.ctx.device(), "parameter \"", p.spec.name, "\": the gradient is on ",
-          gradient.device, ", the engine on ", e.ctx.device());
-  require(!gradient.empty() || gradient.numel() == 0, "parameter \"", p.spec.name,
-          "\": the gradient has a null pointer");
-  require(!p.has_gradient, "parameter \"", p.spec.name,
-          "\" has a gradient already; one per parameter and step is allowed (sum the uses of a "
-          "shared parameter first)");
-  e.comm.check();
-  e.store_gradient(p, gradient);
-  p.has_gradient = true;
-}
-
-void Engine::Impl::store_gradient(Param& p, const TensorView& gradient) {
-  if (is_fp8(p.formats.gradient)) {
-    quantize(
-        ctx,
-        {.in = gradient, .out = {p.gradient.view(), p.gradient_scale}, .nonfinite = nonfinite()});
-    return;
-  }
-  convert(ctx, {gradient, nullptr}, p.gradient.view());
-  measure_amax(ctx, gradient, p.gradient_scale);
-}
-
 StepResult Engine::step(const StepOptions& options) {
   Impl& e = *impl_;
   e.require_frozen("step");
@@ -165,39 +151,57 @@ StepResult Engine::step(const StepOptions& options) {
           "Engine::step: lr is ", options.lr, "; it must be finite and not negative");
   require(options.max_norm >= 0.0f && std::isfinite(options.max_norm), "Engine::step: max_norm is ",
           options.max_norm, "; it must be finite and positive, or 0 for no clipping");
+  require(e.config.clipping || options.max_norm == 0.0f, "Engine::step: max_norm is ",
+          options.max_norm,
+          ", but EngineConfig::clipping is false; it must be true for steps that clip");
   e.comm.check();  // nothing is changed after a collective has failed
-  for (Impl::Param& p : e.params) {
-    if (!std::exchange(p.has_gradient, false)) {
-      zero_bytes(e.ctx, p.gradient.view().data, p.gradient.bytes());
-      copy_bytes(e.ctx, p.gradient_scale, e.zero_scale.data(), sizeof(TensorScale));
-    }
-  }
-  std::uint32_t* flag = e.nonfinite();
-  for (Impl::Bucket& bucket : e.buckets) bucket.reducer->run(flag);
+  const bool sums = e.fused() && options.max_norm == 0.0f;
+  e.finish_gradients(sums);
   e.share_flag();
   if (options.max_norm > 0.0f) {
     e.adamw->measure();
-    if (e.sum_gather != nullptr) e.sum_gather->run();
+    e.gather_sums();
   }
   e.adamw->step({.lr = options.lr,
                  .lr_device = options.lr_device,
                  .max_norm = options.max_norm,
-                 .nonfinite = flag});
-  if (e.sharded()) {
-    e.weight_gather->run();
-    e.comm.all_gather(e.adamw->scales(), e.gathered_scales.data(),
-                      static_cast<std::size_t>(e.adamw->scale_count()) * sizeof(TensorScale));
-    max_amax(e.ctx, e.gathered_scales.as<const TensorScale>(), e.comm.size(),
-             e.adamw->scale_count(), e.adamw->scales());
-  }
+                 .nonfinite = e.nonfinite(),
+                 .from_contributions = sums});
+  e.gather_weights();
   const AdamwScalars* s = e.adamw->scalars();
   return {.norm = {e.ctx, &s->norm}, .step = {e.ctx, &s->step}, .skipped = {e.ctx, &s->skipped}};
 }
 
 void Engine::Impl::share_flag() {
   if (comm.size() == 1) return;
+  streams.fork();
   comm.all_gather(flag.data(), gathered_flags.data(), sizeof(TensorScale));
-  max_amax(ctx, gathered_flags.as<const TensorScale>(), comm.size(), 1, flag.as<TensorScale>());
+  max_amax(comm.context(), gathered_flags.as<const TensorScale>(), comm.size(), 1,
+           flag.as<TensorScale>());
+  streams.join();
+}
+
+void Engine::Impl::gather_sums() {
+  if (sum_gather == nullptr) return;
+  streams.fork();
+  sum_gather->run();
+  streams.join();
+}
+
+void Engine::Impl::gather_weights() {
+  if (!sharded()) return;
+  streams.fork();
+  if (window != nullptr) {
+    comm.count_sent(Traffic::payload, weight_gather->payload_bytes());  // the update wrote them
+  } else {
+    weight_gather->run();
+  }
+  // Over windows this is also where ranks wait until all have read and written.
+  comm.all_gather(adamw->scales(), gathered_scales.data(),
+                  static_cast<std::size_t>(adamw->scale_count()) * sizeof(TensorScale));
+  max_amax(comm.context(), gathered_scales.as<const TensorScale>(), comm.size(),
+           adamw->scale_count(), adamw->scales());
+  streams.join();
 }
 
 const Plan& Engine::plan() const {

@@ -2,11 +2,20 @@
 #pragma once
 
 #include "octet/comm/collectives.hpp"
+#include "octet/comm/gradient_reducer.hpp"
 #include "octet/engine/engine.hpp"
 #include "octet/engine/shard_plan.hpp"
 #include "octet/optim/adamw.hpp"
 
 namespace octet {
+
+/// Of the blocks of a matrix, and of those of its transposed copy.
+inline std::uint64_t weight_scale_bytes(WeightFormat format, const Shape& shape) {
+  const Granularity granularity = granularity_of(format);
+  std::int64_t bytes = scale_bytes(granularity, shape[0], shape[1]);
+  if (is_transposed(format)) bytes += scale_bytes(granularity, shape[1], shape[0]);
+  return static_cast<std::uint64_t>(bytes);
+}
 
 struct Engine::Impl {
   /// A registered parameter.
@@ -17,43 +26,85 @@ struct Engine::Impl {
     Tensor weight;
     Tensor weight_transposed;  ///< [columns, rows], for formats that have it
     Tensor gradient;           ///< this rank's, whole, before and (two_shot) after the reduction
-    Tensor shard;              ///< sharded: the FP32 mean of the owned pieces
+    Tensor accumulator;        ///< of micro-batches, where they are not summed in `gradient`
+    float* weight_blocks = nullptr;  ///< in a window: the scales of the weight's tiles
+    Tensor shard;  ///< sharded, where it is kept: the FP32 mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
-    bool has_gradient = false;
+    int gradients = 0;          ///< handed over since the last step
+
+    /// Elements that this rank updates.
+    std::int64_t owned() const {
+      std::int64_t count = 0;
+      for (const Piece& piece : pieces) count += piece.count;
+      return count;
+    }
   };
 
   /// Parameters reduced together; one gradient dtype.
   struct Bucket {
     std::vector<int> params;
     Owners owners;
-    std::unique_ptr<MeanReducer> reducer;
   };
 
   Impl(const Context& context, Communicator& communicator, const EngineConfig& c)
-      : ctx(context), comm(communicator), config(c) {}
+      : ctx(context), comm(communicator), config(c), streams(context, communicator.context()) {}
 
   // set-up, in the order of freeze()
   void check_lists_agree();
   void build();
   void make_buckets();
+  void make_window();
+  std::vector<std::size_t> window_parts() const;
   void allocate_parameters();
+  void allocate_accumulators();
+  void allocate_reducer();
   void allocate_optimizer();
   void allocate_communication();
   void make_gathers();
   void add_weight_scales(std::vector<TensorView>& tensors, Owners& owners) const;
   void initialise();
   void describe();
+  void describe_gradients();
   std::string describe_optimizer() const;
+  std::string describe_schedule() const;
+  std::string describe_reduction() const;
+
+  /// Memory of the window, which make_window() has counted; aligned for vectors.
+  void* take_from_window(std::size_t bytes);
+  /// Where the other ranks have the weight of a parameter and the scales of its tiles.
+  std::vector<WeightCopy> weight_copies(const Param& p) const;
+  std::string describe_memory() const;
 
   bool sharded() const { return plan.sharding == Sharding::optimizer && comm.size() > 1; }
+  /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
+  bool fused() const { return sharded() && schedule() == Schedule::fused; }
+  bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }
   Param& param(ParamId id, const char* call);
   const Param& param(ParamId id, const char* call) const;
   const Param& frozen_param(ParamId id, const char* call) const;
   void require_frozen(const char* call) const;
+
+  Schedule schedule() const;
+  /// What the micro-batches of gradients stored so are summed in.
+  DType accumulator_of(DType gradient) const;
+  void check_accumulator() const;
   void store_gradient(Param& p, const TensorView& gradient);
+  /// Adds the gradient of a micro-batch to those before.
+  void accumulate_gradient(Param& p, const TensorView& gradient);
+  /// Makes the sum of micro-batches the gradient that is reduced.
+  void store_sum(Param& p);
+  /// Ends the backward pass: all gradients are reduced, or only brought together.
+  void finish_gradients(bool sums_contributions);
+
   /// Any rank's flag becomes every rank's.
   void share_flag();
+  /// What the sharded step gives every rank: all segments' sums of squares, the new weights and
+  /// all scales.
+  void gather_sums();
+  void gather_weights();
+  /// Bytes in use of the engine's context and of the communicator's.
+  std::size_t memory_in_use() const;
   std::uint32_t* nonfinite() const {
     return reinterpret_cast<std::uint32_t*>(&flag.as<TensorScale>()->amax);
   }
@@ -61,15 +112,20 @@ struct Engine::Impl {
   Context ctx;
   Communicator& comm;
   EngineConfig config;
+  SideStream streams;  ///< the engine's, and beside it the communicator's
   std::vector<Param> params;
   bool frozen = false;
   bool failed = false;  ///< freeze() began and did not end well
 
   std::vector<Bucket> buckets;
+  std::unique_ptr<Window> window;  ///< outlives all that works on it
+  std::string window_refusal;
+  std::size_t window_next = 0;   ///< where its next part begins
+  std::size_t window_taken = 0;  ///< bytes of the parts
   /// The non-finite flag, kept as the amax of a TensorScale so that it is shared like one.
   Buffer flag, gathered_flags;
-  Buffer zero_scale;       ///< TensorScale{}: the scale of a missing gradient
   Buffer gradient_scales;  ///< in the order of the buckets
+  std::unique_ptr<GradientReducer> reducer;
   std::unique_ptr<AdamW> adamw;
   std::unique_ptr<PieceGather> weight_gather;
   std::unique_ptr<PieceGather> sum_gather;

@@ -8,57 +8,19 @@
 #include "octet/ops/quantize.hpp"
 
 namespace octet {
-namespace {
-
-// What every rank must have registered alike, a line each.
-std::vector<std::string> lines_of(const std::string& text) {
-  std::vector<std::string> lines;
-  std::istringstream in(text);
-  for (std::string line; std::getline(in, line);) lines.push_back(line);
-  return lines;
-}
-
-std::string describe_formats(const Formats& f) {
-  std::ostringstream out;
-  out << "weight " << name_of(f.state.weight) << ", gradient " << name_of(f.gradient) << ", master "
-      << name_of(f.state.master) << ", m " << name_of(f.state.m) << ", v " << name_of(f.state.v);
-  return out.str();
-}
-
-std::string describe_hyper(const AdamwHyper& g) {
-  std::ostringstream out;
-  out.precision(9);  // every float apart from every other
-  out << "lr_factor " << g.lr_factor << ", beta1 " << g.beta1 << ", beta2 " << g.beta2 << ", eps "
-      << g.eps << ", weight_decay " << g.weight_decay;
-  return out.str();
-}
-
-std::vector<float> read_amax_sync(const Context& ctx, const TensorScale* scales,
-                                  std::size_t count) {
-  std::vector<float> values;
-  for (const TensorScale& s : read_sync<TensorScale>(ctx, scales, count)) values.push_back(s.amax);
-  return values;
-}
-
-// Of the blocks of a matrix, and of those of its transposed copy.
-std::uint64_t weight_scale_bytes(WeightFormat format, const Shape& shape) {
-  const Granularity granularity = granularity_of(format);
-  std::int64_t bytes = scale_bytes(granularity, shape[0], shape[1]);
-  if (is_transposed(format)) bytes += scale_bytes(granularity, shape[1], shape[0]);
-  return static_cast<std::uint64_t>(bytes);
-}
-
-}  // namespace
-
 // A rank that cannot go on must not leave the others waiting for it in their first step.
 void Engine::Impl::build() {
   std::string problem;
   try {
     make_buckets();
+    make_window();
     allocate_parameters();
+    allocate_reducer();
     allocate_optimizer();
     allocate_communication();
     initialise();
+    // Or the casts of a backward pass would wait for the reductions that run beside it.
+    if (schedule() == Schedule::overlap && comm.size() > 1) ctx.set_shares_device(true);
     describe();
   } catch (const std::exception& error) {
     problem = error.what();
@@ -66,46 +28,6 @@ void Engine::Impl::build() {
   const std::vector<std::string> problems = all_gather_text_sync(comm, problem);
   for (std::size_t r = 0; r < problems.size(); ++r) {
     require(problems[r].empty(), "Engine::freeze: rank ", r, ": ", problems[r]);
-  }
-}
-
-void Engine::Impl::check_lists_agree() {
-  Buffer scales(ctx, params.size() * sizeof(TensorScale));
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    measure_amax(ctx, params[i].spec.init, scales.as<TensorScale>() + i);
-  }
-  const std::vector<float> amax =
-      read_amax_sync(ctx, scales.as<const TensorScale>(), params.size());
-  std::ostringstream list;
-  list.precision(9);  // every float apart from every other
-  list << "configuration: level " << name_of(plan.level) << ", sharding " << name_of(plan.sharding)
-       << ", " << describe_formats(plan.formats) << ", bucket_elements " << config.bucket_elements
-       << ", seed " << config.adamw.seed << ", decoupled_weight_decay "
-       << config.adamw.decoupled_weight_decay << ", maximize " << config.adamw.maximize
-       << ", stochastic_rounding " << config.adamw.stochastic_rounding << "\n";
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    const ParamSpec& spec = params[i].spec;
-    list << "parameter " << i << ": \"" << spec.name << "\" " << to_string(spec.shape) << ", "
-         << (params[i].managed ? "FP8-managed" : "f32") << ", "
-         << describe_hyper(config.adamw.of(spec.group)) << ", largest initial value " << amax[i]
-         << "\n";
-  }
-  const std::vector<std::string> texts = all_gather_text_sync(comm, list.str());
-  const std::vector<std::string> first = lines_of(texts[0]);
-  for (std::size_t r = 1; r < texts.size(); ++r) {
-    const std::vector<std::string> other = lines_of(texts[r]);
-    for (std::size_t i = 0; i < std::max(first.size(), other.size()); ++i) {
-      const std::string mine =
-          i < first.size() ? first[i] : "no parameter " + std::to_string(i - 1);
-      const std::string theirs =
-          i < other.size() ? other[i] : "no parameter " + std::to_string(i - 1);
-      require(mine == theirs, "Engine::freeze: the ranks differ: rank 0 has ", mine, "; rank ", r,
-              " has ", theirs);
-    }
-  }
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    require(std::isfinite(amax[i]), "parameter \"", params[i].spec.name,
-            "\": its initial values hold a NaN or an infinity");
   }
 }
 
@@ -138,30 +60,91 @@ void Engine::Impl::make_buckets() {
 
 void Engine::Impl::allocate_parameters() {
   flag = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
-  zero_scale = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
-  gathered_flags = Buffer(ctx, static_cast<std::size_t>(comm.size()) * sizeof(TensorScale));
-  gradient_scales = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(params.size()));
-  std::size_t slot = 0;
+  gathered_flags =
+      Buffer(comm.context(), static_cast<std::size_t>(comm.size()) * sizeof(TensorScale));
+  const std::vector<TensorScale> ones(params.size());
+  auto* scales = static_cast<TensorScale*>(
+      window != nullptr ? take_from_window(ones.size() * sizeof(TensorScale)) : nullptr);
+  if (scales == nullptr) {
+    gradient_scales = Buffer(ctx, ones.size() * sizeof(TensorScale));
+    scales = gradient_scales.as<TensorScale>();
+  }
+  copy_bytes(ctx, scales, ones.data(), ones.size() * sizeof(TensorScale));
+  ctx.synchronize();
   for (const Bucket& bucket : buckets) {
-    for (int i : bucket.params) {
-      params[static_cast<std::size_t>(i)].gradient_scale =
-          gradient_scales.as<TensorScale>() + slot++;
-    }
+    for (int i : bucket.params) params[static_cast<std::size_t>(i)].gradient_scale = scales++;
   }
   for (Param& p : params) {
     const Shape& shape = p.spec.shape;
     const std::uint64_t numel = static_cast<std::uint64_t>(shape.numel());
-    auto allocate = [&](const char* what, Tensor& tensor, DType dtype, const Shape& as) {
-      const std::size_t before = ctx.memory_use().current;
-      tensor = Tensor(ctx, dtype, as);
-      plan.count(what, p.managed, true, numel * size_of(dtype), ctx.memory_use().current - before);
+    auto allocate = [&](const char* what, Tensor& tensor, DType dtype, const Shape& as,
+                        bool for_peers = false) {
+      const std::size_t before = ctx.memory_use().current, taken = window_taken;
+      const std::size_t bytes = numel * size_of(dtype);
+      tensor = for_peers ? Tensor::over({take_from_window(bytes), dtype, as, ctx.device()})
+                         : Tensor(ctx, dtype, as);
+      plan.count(what, p.managed, true, bytes,
+                 ctx.memory_use().current - before + window_taken - taken);
     };
-    allocate("weight", p.weight, dtype_of(p.formats.state.weight), shape);
+    const bool shares_weights = window != nullptr && sharded();
+    allocate("weight", p.weight, dtype_of(p.formats.state.weight), shape, shares_weights);
+    if (shares_weights && has_block_scales(p.formats.state.weight)) {
+      p.weight_blocks =
+          static_cast<float*>(take_from_window(weight_scale_bytes(p.formats.state.weight, shape)));
+    }
     if (is_transposed(p.formats.state.weight)) {
       allocate("transposed weight", p.weight_transposed, DType::e4m3, {shape[1], shape[0]});
     }
-    allocate("gradient", p.gradient, p.formats.gradient, shape);
+    allocate("gradient", p.gradient, p.formats.gradient, shape, window != nullptr);
   }
+  if (config.micro_batches > 1) allocate_accumulators();
+}
+
+void Engine::Impl::allocate_accumulators() {
+  for (Param& p : params) {
+    const DType dtype = accumulator_of(p.formats.gradient);
+    if (dtype == p.formats.gradient) continue;  // summed where it is
+    const std::size_t before = ctx.memory_use().current;
+    p.accumulator = Tensor(ctx, dtype, p.spec.shape);
+    plan.count("gradient accumulator", p.managed, false, p.accumulator.view().bytes(),
+               ctx.memory_use().current - before);
+  }
+}
+
+void Engine::Impl::allocate_reducer() {
+  for (Param& p : params) {
+    if (!keeps_shards()) break;
+    const std::size_t before = ctx.memory_use().current;
+    p.shard = Tensor(ctx, DType::f32, Shape{p.owned()});
+    plan.count("reduced gradient shard", p.managed, false,
+               static_cast<std::uint64_t>(p.owned()) * sizeof(float),
+               ctx.memory_use().current - before);
+  }
+  std::vector<GradientBucket> list;
+  std::vector<std::int32_t> slot_of(params.size());
+  for (const Bucket& bucket : buckets) {
+    GradientBucket b;
+    b.params = bucket.params;
+    for (int i : bucket.params) {
+      const Param& p = params[static_cast<std::size_t>(i)];
+      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(b.tensors.size());
+      b.tensors.push_back({p.gradient.view(), p.shard.view()});
+    }
+    b.owners = bucket.owners;
+    for (std::vector<Piece>& pieces : b.owners) {
+      for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
+    }
+    b.scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
+    list.push_back(std::move(b));
+  }
+  const MeanReducer::Path path = keeps_shards() ? MeanReducer::Path::sharded
+                                 : sharded()    ? MeanReducer::Path::contributions
+                                                : MeanReducer::Path::two_shot;
+  const std::size_t before = memory_in_use();
+  reducer = std::make_unique<GradientReducer>(ctx, comm, path, list, nonfinite(), schedule(),
+                                              window.get());
+  plan.wire_bytes_per_step += reducer->payload_bytes();
+  plan.count("communication", true, false, reducer->buffer_bytes(), memory_in_use() - before);
 }
 
 void Engine::Impl::allocate_optimizer() {
@@ -177,25 +160,26 @@ void Engine::Impl::allocate_optimizer() {
     a.weight_transposed = p.weight_transposed.view();
     a.group = p.spec.group;
     if (sharded()) {
-      std::int64_t owned = 0;
-      for (const Piece& piece : p.pieces) owned += piece.count;
-      const std::size_t before = ctx.memory_use().current;
-      p.shard = Tensor(ctx, DType::f32, Shape{owned});
-      plan.count("reduced gradient shard", p.managed, false,
-                 static_cast<std::uint64_t>(owned) * sizeof(float),
-                 ctx.memory_use().current - before);
       a.gradient = p.shard.view();
       a.gradient_is_shard = true;
       a.pieces = p.pieces;
+      a.weight_blocks = p.weight_blocks;
+      a.weight_copies = weight_copies(p);
     }
     list.push_back(std::move(a));
+  }
+  if (fused()) {
+    std::vector<RankGradients> contributions = reducer->contributions();
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      list[i].contributions = std::move(contributions[i]);
+    }
   }
   const std::size_t before = ctx.memory_use().current;
   adamw = std::make_unique<AdamW>(ctx, config.adamw, std::move(list));
   std::size_t tables = ctx.memory_use().current - before;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
-    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    const std::int64_t owned = sharded() ? p.owned() : p.spec.shape.numel();
     if (p.managed) plan.owned_fp8_parameters += owned;
     const StateFormats& f = p.formats.state;
     const AdamW::StateBytes bytes = adamw->state_bytes(static_cast<int>(i));
@@ -205,8 +189,9 @@ void Engine::Impl::allocate_optimizer() {
     plan.count("m", p.managed, true, state_bytes(f.m, owned), bytes.m);
     plan.count("v", p.managed, true, state_bytes(f.v, owned), bytes.v);
     if (has_block_scales(f.weight)) {
-      plan.count("weight scales", p.managed, true, weight_scale_bytes(f.weight, p.spec.shape),
-                 bytes.weight_blocks);
+      const std::uint64_t scales = weight_scale_bytes(f.weight, p.spec.shape);
+      plan.count("weight scales", p.managed, true, scales,
+                 p.weight_blocks != nullptr ? scales : bytes.weight_blocks);
     }
     tables -= bytes.master + bytes.m + bytes.v + bytes.weight_blocks;
   }
@@ -215,42 +200,29 @@ void Engine::Impl::allocate_optimizer() {
       static_cast<std::size_t>(adamw->scale_count()) * sizeof(TensorScale);
   for (const Param& p : params) {
     plan.count("scales", p.managed, true, 5 * sizeof(TensorScale),
-               (gradient_scales.bytes() + own_scales) / params.size());
+               (params.size() * sizeof(TensorScale) + own_scales) / params.size());
   }
   plan.count("tables", true, false, adamw->table_bytes(), tables - own_scales);
 }
 
 void Engine::Impl::allocate_communication() {
-  const MeanReducer::Path path =
-      sharded() ? MeanReducer::Path::sharded : MeanReducer::Path::two_shot;
-  const std::size_t before = ctx.memory_use().current;
+  const std::size_t before = memory_in_use();
   std::uint64_t predicted = 0;
-  std::vector<std::int32_t> slot_of(params.size());
-  for (Bucket& bucket : buckets) {
-    std::vector<ReduceTensor> tensors;
-    for (int i : bucket.params) {
-      const Param& p = params[static_cast<std::size_t>(i)];
-      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(tensors.size());
-      tensors.push_back({p.gradient.view(), sharded() ? p.shard.view() : TensorView{}});
-    }
-    Owners owners = bucket.owners;  // a reducer counts its tensors from 0
-    for (std::vector<Piece>& pieces : owners) {
-      for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
-    }
-    TensorScale* scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
-    const int number = static_cast<int>(&bucket - buckets.data());
-    bucket.reducer = std::make_unique<MeanReducer>(comm, path, tensors, scales, owners, number);
-    predicted += bucket.reducer->buffer_bytes();
-    plan.wire_bytes_per_step += bucket.reducer->payload_bytes();
-  }
   if (sharded()) {
     make_gathers();
-    gathered_scales = Buffer(
-        ctx, static_cast<std::size_t>(comm.size() * adamw->scale_count()) * sizeof(TensorScale));
+    gathered_scales =
+        Buffer(comm.context(),
+               static_cast<std::size_t>(comm.size() * adamw->scale_count()) * sizeof(TensorScale));
     predicted += gathered_scales.bytes();
     plan.wire_bytes_per_step += weight_gather->payload_bytes();
   }
-  plan.count("communication", true, false, predicted, ctx.memory_use().current - before);
+  plan.count("communication", true, false, predicted, memory_in_use() - before);
+}
+
+std::size_t Engine::Impl::memory_in_use() const {
+  const Context& other = comm.context();
+  const bool is_one = other.state() == ctx.state();
+  return ctx.memory_use().current + (is_one ? 0 : other.memory_use().current);
 }
 
 // The sharded step gives every rank the new weights, and the sums of squares of all segments.
@@ -327,7 +299,7 @@ std::string Engine::Impl::describe_optimizer() const {
   std::string first;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
-    const std::int64_t owned = sharded() ? p.shard.view().numel() : p.spec.shape.numel();
+    const std::int64_t owned = sharded() ? p.owned() : p.spec.shape.numel();
     all += owned;
     const std::string reason = adamw->general_code_reason(static_cast<int>(i));
     if (reason.empty() || owned == 0) continue;
@@ -341,26 +313,80 @@ std::string Engine::Impl::describe_optimizer() const {
   return out.str();
 }
 
+std::string Engine::Impl::describe_schedule() const {
+  if (comm.size() == 1) return "one rank: nothing to overlap";
+  if (fused()) {
+    return std::string("fused: after backward, summed inside AdamW's pass; ") +
+           (config.clipping ? "steps that clip fill the FP32 shard buffer first (clipping is true)"
+                            : "no FP32 shard buffer (clipping is false)");
+  }
+  if (schedule() == Schedule::overlap) {
+    return ctx.device().type == DeviceType::cpu
+               ? "overlap: each bucket is reduced during backward, in the calling thread, because "
+                 "a CPU has no second stream"
+               : "overlap: reduced during backward on the communicator's own stream";
+  }
+  return streams.is_apart()
+             ? "after backward, as configured"
+             : "after backward, one stream, because the communicator shares the engine's stream";
+}
+
+std::string Engine::Impl::describe_reduction() const {
+  if (comm.size() == 1) return "none (one rank)";
+  const std::string by = window != nullptr ? "one kernel over memory windows" : "send/receive";
+  if (!sharded()) return "two_shot (" + by + ", means rounded once and gathered)";
+  const std::string sums =
+      window != nullptr ? "read from the ranks' memory and summed" : "send/receive, summed";
+  if (!keeps_shards()) return "contributions (" + sums + " by the owner's AdamW)";
+  if (!fused()) return "sharded (" + by + ", FP32 means straight into the owner's AdamW)";
+  return "sharded (" + sums + " by the owner's AdamW, or " + by +
+         " for the FP32 means where a step clips)";
+}
+
+void Engine::Impl::describe_gradients() {
+  const bool is_cpu = ctx.device().type == DeviceType::cpu;
+  if (ctx.shares_device() && !is_cpu) {
+    plan.notes.push_back(
+        "casts with current scaling read their input twice, because a cooperative launch would "
+        "wait for the collectives beside it");
+  }
+  if (config.micro_batches == 1) {
+    plan.accumulation = "1, nothing to sum";
+    return;
+  }
+  const DType gradient = plan.formats.gradient, sum = accumulator_of(gradient);
+  std::ostringstream text;
+  text << config.micro_batches << ", FP8-managed gradients summed in " << name_of(sum)
+       << (sum != gradient      ? " accumulators and cast once"
+           : sum == DType::e4m3 ? " where they are, cast anew with every sum"
+                                : " where they are")
+       << ", others in f32 where they are";
+  plan.accumulation = text.str();
+}
+
 void Engine::Impl::describe() {
+  describe_gradients();
+  plan.reduction = describe_reduction();
+  plan.schedule = describe_schedule();
   plan.ranks = comm.size();
   plan.transport = comm.name();
+  if (comm.size() > 1) plan.notes.push_back(describe_memory());
   plan.buckets = static_cast<int>(buckets.size());
   for (const Param& p : params) {
     plan.parameters += p.spec.shape.numel();
     if (p.managed) plan.fp8_parameters += p.spec.shape.numel();
   }
   if (comm.size() == 1) {
-    plan.reduction = "none (one rank)";
     plan.weight_gather = "written by the update";
     if (plan.sharding == Sharding::optimizer) {
       plan.notes.push_back("one rank holds the whole optimizer: sharding has nothing to cut");
     }
   } else if (sharded()) {
-    plan.reduction = "sharded (send/receive, FP32 means straight into the owner's AdamW)";
-    plan.weight_gather = "written by the owner's update, gathered as stored";
+    plan.weight_gather = window != nullptr
+                             ? "written by the owner's update to every rank's memory, as stored"
+                             : "written by the owner's update, gathered as stored";
     if (has_block_scales(plan.formats.state.weight)) plan.weight_gather += ", scales included";
   } else {
-    plan.reduction = "two_shot (send/receive, means rounded once and gathered)";
     plan.weight_gather = "written by every rank's own update";
   }
   plan.optimizer = describe_optimizer();

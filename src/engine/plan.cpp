@@ -38,6 +38,8 @@ std::string Plan::to_markdown() const {
       << name_of(formats.state.m) << ", v " << name_of(formats.state.v) << " |\n"
       << "| other formats | f32 throughout |\n"
       << "| reduction | " << reduction << ", " << buckets << " buckets |\n"
+      << "| schedule | " << schedule << " |\n"
+      << "| micro-batches | " << accumulation << " |\n"
       << "| weights | " << weight_gather << " |\n"
       << "| optimizer | " << optimizer << " |\n"
       << "| wire bytes per step | " << wire_bytes_per_step << " |\n";

@@ -21,19 +21,31 @@ void check(const AdamwArgs& args, const char* op) {
           op, ": groups and group_scalars must both be given");
   require(args.segment_count == 0 || args.segments != nullptr, op,
           ": the segment table is missing");
+  require(!args.sums_contributions || args.tensor_count == 0 || args.exchanges != nullptr, op,
+          ": sums_contributions is true but exchanges is missing");
   require(!args.config.amsgrad, op, ": amsgrad is true; it must be false");
 }
 
 }  // namespace
 
 std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig& config,
-                                    const AdamwHyper& hyper) {
+                                    const AdamwHyper& hyper, const AdamwExchange* exchange) {
   const StateFormats& f = tensor.formats;
-  if (adamw_row_of(tensor.gradient_dtype, f) == 0) {
+  const bool sums = exchange != nullptr && exchange->ranks > 0;
+  const DType gradient = sums ? exchange->dtype : tensor.gradient_dtype;
+  if (adamw_row_of(gradient, f) == 0 || (exchange != nullptr && !is_exchanged(gradient, f, sums))) {
     std::ostringstream text;
     text << "kAdamwRows has no row of weight " << name_of(f.weight) << ", master "
          << name_of(f.master) << ", m " << name_of(f.m) << ", v " << name_of(f.v) << ", gradient "
-         << name_of(tensor.gradient_dtype);
+         << name_of(gradient);
+    if (exchange != nullptr) text << " that exchanges with other ranks";
+    return text.str();
+  }
+  if (exchange != nullptr && !is_fit_for_row(*exchange)) {
+    std::ostringstream text;
+    if (!exchange->is_aligned) return "a contribution or a copy is not aligned to 16 bytes";
+    text << exchange->ranks << " ranks contribute and the weight has " << exchange->copy_count
+         << " copies; fast are up to " << kMaxRowRanks << " of each";
     return text.str();
   }
   if (!config.stochastic_rounding) return "stochastic_rounding is false";
@@ -73,6 +85,8 @@ void adamw_initialise(const Context& ctx, const AdamwInit& init) {
 void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums) {
   check(args, "adamw_measure");
   require(args.segment_count == 0 || sums != nullptr, "adamw_measure: no place for the sums");
+  require(!args.sums_contributions,
+          "adamw_measure: sums_contributions is true; the norm needs the means in a buffer");
   if (args.segment_count != 0) detail::backend_of(ctx).adamw_measure(ctx, args, sums);
 }
 
@@ -84,6 +98,8 @@ void adamw_prepare(const Context& ctx, const AdamwArgs& args) {
           "; it must be positive, or 0 for no clipping");
   require(args.max_norm == 0.0f || args.total_segments == 0 || args.segment_sums != nullptr,
           "adamw_prepare: max_norm is ", args.max_norm, " but segment_sums is missing");
+  require(args.max_norm == 0.0f || !args.sums_contributions, "adamw_prepare: max_norm is ",
+          args.max_norm, " and sums_contributions is true; the norm needs the means in a buffer");
   require(args.lr_device != nullptr || args.lr >= 0.0f, "adamw_prepare: lr is ", args.lr,
           "; it must be 0 or more");
   detail::backend_of(ctx).adamw_prepare(ctx, args);

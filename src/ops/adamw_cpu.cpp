@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 
+#include "octet/ops/detail/adamw_exchange.hpp"
 #include "octet/ops/detail/adamw_initial.hpp"
 #include "ops/cpu_ops.hpp"
 
@@ -38,6 +39,21 @@ float measure_segment(const AdamwTensor& tensor, const Segment& segment, std::ui
   return lanes[0];
 }
 
+using BlockGradients = std::array<float, kStateBlock>;
+
+/// The gradients of the elements [begin, end) of a segment, before any scale of the tensor.
+void load_gradients(const AdamwArgs& args, const Segment& segment, std::int64_t begin,
+                    std::int64_t end, BlockGradients& gradients) {
+  const AdamwTensor& tensor = args.tensors[segment.tensor];
+  const AdamwOffsets at = offsets_of(tensor, segment);
+  for (std::int64_t i = begin; i < end; ++i) {
+    gradients[static_cast<std::size_t>(i - begin)] =
+        args.sums_contributions
+            ? mean_at(args.exchanges[segment.tensor], segment.begin + i, segment.local + i)
+            : load_gradient(tensor, at, i);
+  }
+}
+
 /// The elements [begin, end) counted from those of a segment, at most 128; of block formats one
 /// block or the short rest of the tensor.
 void update_block(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwTensorStep& step,
@@ -48,11 +64,14 @@ void update_block(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwT
   const std::int64_t block = (segment.local + begin) / kStateBlock;
   const float m_inv = is_block(f.m) ? tensor.m_blocks[block] : step.m_inv;
   const float v_inv = is_block(f.v) ? tensor.v_blocks[block] : step.v_inv;
+  BlockGradients gradients;
+  load_gradients(args, segment, begin, end, gradients);
   std::array<AdamwValues, kStateBlock> values;
   const IeeeMath math;
   float m_amax = 0.0f, v_amax = 0.0f;
   for (std::int64_t i = begin; i < end; ++i) {
-    const AdamwValues x = updated(step, f, load_input(tensor, at, i), m_inv, v_inv, math);
+    const float gradient = gradients[static_cast<std::size_t>(i - begin)];
+    const AdamwValues x = updated(step, f, load_input(tensor, at, i, gradient), m_inv, v_inv, math);
     values[static_cast<std::size_t>(i - begin)] = x;
     m_amax = std::max(m_amax, abs_of(x.m));
     v_amax = std::max(v_amax, x.second);
@@ -81,6 +100,7 @@ void update_block(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwT
                                      words.word[index % 4]);
     largest.raise(f, codes);
     store_codes(tensor, at, i, codes);
+    store_copies(exchange_of(args, segment.tensor), f, at.weight + i, codes);
   }
 }
 
@@ -94,10 +114,10 @@ void update_run(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwTen
 }
 
 /// Casts a tile of the weight from the codes of the stored master, which master_at(i) tells for
-/// element i of the tensor.
+/// element i of the tensor; also into the copies of an exchange, which may be null.
 template <class MasterAt>
-void cast_tile(const AdamwTensor& tensor, const AdamwTensorStep& step, const AdamwTile& tile,
-               const MasterAt& master_at) {
+void cast_tile(const AdamwTensor& tensor, const AdamwTensorStep& step,
+               const AdamwExchange* exchange, const AdamwTile& tile, const MasterAt& master_at) {
   const StateFormats& f = tensor.formats;
   const std::int64_t height = has_scale_per_row(tensor) ? 1 : kTileSide;
   const std::int64_t end_row = tile.row + tile.rows, end_column = tile.column + tile.columns;
@@ -116,8 +136,11 @@ void cast_tile(const AdamwTensor& tensor, const AdamwTensorStep& step, const Ada
     });
     const float scale = weight_block_scale(f, step, largest);
     store_weight_scale(tensor, first, tile.column, scale);
+    store_copied_scale(exchange, tensor, first, tile.column, scale);
     for_block([&](std::int64_t i, std::uint32_t master) {
-      store_weight(tensor, i, weight_code(f, step, master, scale));
+      const std::uint32_t code = weight_code(f, step, master, scale);
+      store_weight(tensor, i, code);
+      store_copies(exchange, f, i, code);
     });
   }
 }
@@ -137,7 +160,7 @@ void update_tiles(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwT
       const std::int64_t first = (tile.row + row) * tensor.columns + tile.column;
       update_run(args, tensor, step, segment, first - segment.begin, tile.columns, largest);
     }
-    cast_tile(tensor, step, tile, [&](std::int64_t i) {
+    cast_tile(tensor, step, exchange_of(args, segment.tensor), tile, [&](std::int64_t i) {
       return load_code(tensor.master, size_of(tensor.formats.master),
                        at.master + i - segment.begin);
     });
@@ -174,7 +197,7 @@ void initialise_weights(const AdamwTensor& tensor, const TensorView& values) {
   for (std::int64_t begin = 0; begin < count; begin += kTileSide * tensor.columns) {
     const AdamwPanel panel = panel_of(tensor, {.begin = begin});
     for (std::int64_t number = 0; number < panel.end; ++number) {
-      cast_tile(tensor, step, tile_of(tensor, panel, number),
+      cast_tile(tensor, step, nullptr, tile_of(tensor, panel, number),
                 [&](std::int64_t i) { return initial_master(tensor, values, i); });
     }
   }

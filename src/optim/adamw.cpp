@@ -48,6 +48,9 @@ void check_weight(const std::string& what, const AdamWParam& param) {
   require(!needs_matrix(param.formats.weight) || param.shape.rank() == 2, what,
           ": formats.weight is ", name_of(param.formats.weight), ", but the shape ", param.shape,
           " is not that of a matrix");
+  require(param.weight_blocks == nullptr || param.formats.weight == WeightFormat::e4m3_tile, what,
+          ": weight_blocks is given, but formats.weight is ", name_of(param.formats.weight),
+          "; only e4m3_tile takes it");
   const TensorView& transposed = param.weight_transposed;
   if (!is_transposed(param.formats.weight)) {
     require(transposed.empty(), what, ": a transposed weight is given, but formats.weight is ",
@@ -62,9 +65,53 @@ void check_weight(const std::string& what, const AdamWParam& param) {
           ": the transposed weight has a null pointer");
 }
 
+// Contributions may stand alone or beside the buffer of their means.
+void check_contributions(const std::string& what, const AdamWParam& param, std::int64_t owned) {
+  const RankGradients& from = *param.contributions;
+  check_gradient_format(what + ": contributions", from.dtype);
+  require(!from.ranks.empty(), what, ": contributions has no ranks; it must name every rank's");
+  require(from.scales != nullptr, what, ": contributions.scales is null");
+  require(from.scale_stride >= 0, what, ": contributions.scale_stride is ", from.scale_stride,
+          "; it must not be negative");
+  for (std::size_t r = 0; r < from.ranks.size(); ++r) {
+    require(from.ranks[r].data != nullptr || owned == 0, what, ": the contribution of rank ", r,
+            " has a null pointer");
+  }
+  require(
+      param.gradient_scale != nullptr, what,
+      ": the gradient comes as contributions and has no scale; give that of the mean, whose amax "
+      "mean_scales() writes");
+  require(!param.measure_amax, what,
+          ": measure_amax is true, but the amax of a mean of contributions is its bound, which "
+          "mean_scales() writes");
+  require(param.gradient.dtype == DType::f32, what, ": the gradient beside contributions is ",
+          name_of(param.gradient.dtype), "; it must be f32");
+}
+
+void check_weight_copies(const std::string& what, const AdamWParam& param) {
+  const WeightFormat format = param.formats.weight;
+  if (param.weight_copies.empty()) return;
+  require(format == WeightFormat::e4m3 || format == WeightFormat::bf16 ||
+              format == WeightFormat::f32 || format == WeightFormat::e4m3_tile,
+          what, ": the weight has copies and formats.weight is ", name_of(format),
+          "; with copies it may be f32, bf16, e4m3 or e4m3_tile");
+  for (std::size_t c = 0; c < param.weight_copies.size(); ++c) {
+    const WeightCopy& copy = param.weight_copies[c];
+    require(copy.data != nullptr || param.shape.numel() == 0, what, ": copy ", c,
+            " of the weight has a null pointer");
+    require((copy.blocks != nullptr) == has_block_scales(format) || param.shape.numel() == 0, what,
+            ": copy ", c, " of the weight has ", copy.blocks != nullptr ? "" : "no ",
+            "blocks and formats.weight is ", name_of(format));
+  }
+}
+
 void check_gradient(const std::string& what, const AdamWParam& param, bool whole,
                     std::int64_t owned) {
   check_gradient_format(what, param.gradient.dtype);
+  if (param.contributions.has_value()) {
+    check_contributions(what, param, owned);
+    if (param.gradient.empty()) return;
+  }
   const std::int64_t expected = param.gradient_is_shard ? owned : param.shape.numel();
   require(param.gradient.numel() == expected, what, ": the gradient has ", param.gradient.numel(),
           " elements; it must have ", expected);
@@ -137,11 +184,18 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     for (Piece& piece : *param.pieces) piece.tensor = static_cast<std::int32_t>(i);
     check_gradient(what, param, whole, numel_of(*param.pieces));
     check_weight(what, param);
+    check_weight_copies(what, param);
     check_device(what, "gradient", param.gradient, ctx_.device());
     check_device(what, "weight", param.weight, ctx_.device());
     check_device(what, "transposed weight", param.weight_transposed, ctx_.device());
     param.measure_amax = param.measure_amax || param.gradient_scale == nullptr;
     must_measure_ = must_measure_ || param.measure_amax;
+    const auto note = [i](bool lacks, int& first) {
+      if (lacks && first < 0) first = static_cast<int>(i);
+    };
+    note(!param.contributions.has_value(), without_contributions_);
+    note(param.contributions.has_value() && param.gradient.empty() && numel_of(*param.pieces) > 0,
+         without_gradient_);
     shapes.push_back(param.shape);
     owned.insert(owned.end(), param.pieces->begin(), param.pieces->end());
     total_segments_ += segment_count(param.shape);
@@ -167,6 +221,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     tensors_host_.push_back(make_tensor(static_cast<int>(i), random_base));
     random_base += (static_cast<std::uint64_t>(params_[i].shape.numel()) + 3) / 4 * 4;
   }
+  make_exchanges();
   tensors_ = upload_sync<AdamwTensor>(ctx_, tensors_host_);
   segment_table_ = upload_sync<Segment>(ctx_, segments_);
   groups_ = upload_sync<AdamwHyper>(ctx_, groups_host_);
@@ -191,7 +246,7 @@ std::size_t AdamW::grow_weight_blocks(const AdamWParam& param) {
                                    : 0);
   };
   const bool has_scales = has_block_scales(param.formats.weight);
-  add(weight_blocks_, has_scales, 0, 1);
+  add(weight_blocks_, has_scales && param.weight_blocks == nullptr, 0, 1);
   add(transposed_blocks_, has_scales && is_transposed(param.formats.weight), 1, 0);
   return ctx_.memory_use().current - before;
 }
@@ -230,7 +285,8 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.v_scale = scale(kV, i);
   tensor.weight = own_master ? param.weight.data : nullptr;
   tensor.weight_scale = scale(kWeight, i);
-  tensor.weight_blocks = weight_blocks_.back().as<float>();
+  tensor.weight_blocks =
+      param.weight_blocks != nullptr ? param.weight_blocks : weight_blocks_.back().as<float>();
   tensor.weight_transposed = param.weight_transposed.data;
   tensor.weight_transposed_blocks = transposed_blocks_.back().as<float>();
   tensor.rows = param.shape.rank() > 0 ? param.shape[0] : 1;
@@ -238,6 +294,50 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.group = group_index(config_.of(param.group));
   tensor.random_base = random_base;
   return tensor;
+}
+
+// The tables of contributions and copies, of all parameters one after the other.
+void AdamW::make_exchanges() {
+  const bool any = std::any_of(params_.begin(), params_.end(), [](const AdamWParam& p) {
+    return p.contributions.has_value() || !p.weight_copies.empty();
+  });
+  if (!any) return;
+  std::vector<RankGradient> gradients;
+  std::vector<WeightCopy> copies;
+  for (const AdamWParam& param : params_) {
+    if (param.contributions.has_value()) {
+      const std::vector<RankGradient>& ranks = param.contributions->ranks;
+      gradients.insert(gradients.end(), ranks.begin(), ranks.end());
+    }
+    copies.insert(copies.end(), param.weight_copies.begin(), param.weight_copies.end());
+  }
+  rank_gradients_ = upload_sync<RankGradient>(ctx_, gradients);
+  weight_copies_ = upload_sync<WeightCopy>(ctx_, copies);
+  const RankGradient* gradient = rank_gradients_.as<RankGradient>();
+  const WeightCopy* copy = weight_copies_.as<WeightCopy>();
+  const auto is_aligned = [](const void* data) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+  };
+  for (const AdamWParam& param : params_) {
+    AdamwExchange x;
+    if (param.contributions.has_value()) {
+      const RankGradients& from = *param.contributions;
+      x.gradients = gradient;
+      x.scales = from.scales;
+      x.scale_stride = from.scale_stride;
+      x.ranks = static_cast<std::int32_t>(from.ranks.size());
+      x.dtype = from.dtype;
+      for (const RankGradient& g : from.ranks) x.is_aligned = x.is_aligned && is_aligned(g.data);
+      gradient += x.ranks;
+    }
+    x.copies = copy;
+    x.copy_count = static_cast<std::int32_t>(param.weight_copies.size());
+    for (const WeightCopy& c : param.weight_copies)
+      x.is_aligned = x.is_aligned && is_aligned(c.data);
+    copy += x.copy_count;
+    exchanges_host_.push_back(x);
+  }
+  exchanges_ = upload_sync<AdamwExchange>(ctx_, exchanges_host_);
 }
 
 void AdamW::initialise(int i, const TensorView& values) {
@@ -263,6 +363,8 @@ AdamwArgs AdamW::args(const AdamWStep& step) const {
   args.group_count = static_cast<std::int64_t>(groups_host_.size());
   args.steps = steps_.as<AdamwTensorStep>();
   args.scratch = scratch_.as<AdamwScratch>();
+  args.exchanges = exchanges_.as<const AdamwExchange>();
+  args.sums_contributions = step.from_contributions;
   args.config = config_;
   args.lr = step.lr;
   args.lr_device = step.lr_device;
@@ -273,7 +375,16 @@ AdamwArgs AdamW::args(const AdamWStep& step) const {
   return args;
 }
 
+void AdamW::require_gradients(const char* call) const {
+  if (without_gradient_ < 0) return;
+  fail("AdamW::", call, ": parameter \"", params_[static_cast<std::size_t>(without_gradient_)].name,
+       "\" has contributions and no gradient; clipping and steps without from_contributions need "
+       "the "
+       "f32 mean in AdamWParam::gradient");
+}
+
 void AdamW::measure(std::uint32_t* nonfinite) {
+  require_gradients("measure");
   adamw_measure(ctx_, args({.nonfinite = nonfinite}), sums_.as<float>());
   measured_ = true;
 }
@@ -283,6 +394,17 @@ void AdamW::step(const AdamWStep& step) {
           "AdamW::step: the amax of a gradient is not known; call measure() before every step");
   require(!(step.max_norm > 0.0f) || measured_, "AdamW::step: max_norm is ", step.max_norm,
           ", but the norm is not known; call measure() before every step that clips");
+  if (step.from_contributions) {
+    require(step.max_norm == 0.0f, "AdamW::step: max_norm is ", step.max_norm,
+            " and from_contributions is true; clipping needs the means in AdamWParam::gradient");
+    if (without_contributions_ >= 0) {
+      fail("AdamW::step: from_contributions is true, but parameter \"",
+           params_[static_cast<std::size_t>(without_contributions_)].name,
+           "\" has no contributions");
+    }
+  } else {
+    require_gradients("step");
+  }
   measured_ = false;
   const AdamwArgs prepared = args(step);
   adamw_prepare(ctx_, prepared);
@@ -310,7 +432,7 @@ BlockScaledView AdamW::block_weight(int i) const {
           param.name, "\" is ", name_of(param.formats.weight), ", which has no scales of blocks");
   return {.data = param.weight,
           .granularity = granularity_of(param.formats.weight),
-          .scales = weight_blocks_[static_cast<std::size_t>(i)].data()};
+          .scales = tensors_host_[static_cast<std::size_t>(i)].weight_blocks};
 }
 
 BlockScaledView AdamW::block_weight_transposed(int i) const {
@@ -337,8 +459,9 @@ const AdamwGroupScalars* AdamW::group_scalars(int i) const {
 std::string AdamW::general_code_reason(int i) const {
   check_index(i);
   const AdamwTensor& tensor = tensors_host_[static_cast<std::size_t>(i)];
-  return reason_for_general_code(tensor, config_,
-                                 groups_host_[static_cast<std::size_t>(tensor.group)]);
+  return reason_for_general_code(
+      tensor, config_, groups_host_[static_cast<std::size_t>(tensor.group)],
+      exchanges_host_.empty() ? nullptr : &exchanges_host_[static_cast<std::size_t>(i)]);
 }
 
 const AdamwTensorStep* AdamW::tensor_step(int i) const {

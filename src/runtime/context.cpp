@@ -73,6 +73,9 @@ MemoryUse Context::memory_use() const { return state_->use; }
 void Context::reset_peak() { state_->use.peak = state_->use.current; }
 void Context::synchronize() const { state_->backend->synchronize(*this); }
 
+void Context::set_shares_device(bool shares) { state_->shares_device = shares; }
+bool Context::shares_device() const { return state_->shares_device; }
+
 void Context::reserve_workspace(std::size_t bytes) {
   if (bytes <= state_->workspace_bytes) return;
   require(state_->open_scopes == 0, "the workspace cannot grow to ", bytes,

@@ -4,11 +4,13 @@
 // refusals can be tested.
 #include "octet/comm/nccl.hpp"
 
+#include "support/block_ranks.hpp"
 #include "support/catch.hpp"
 #include "support/errors.hpp"
 #include "support/mean_ranks.hpp"
 #include "support/processes.hpp"
 #include "support/random.hpp"
+#include "support/sum_ranks.hpp"
 
 namespace octet::test {
 namespace {
@@ -70,6 +72,32 @@ std::string window_reductions_of(Communicator& comm) {
       if (wrong.empty() && result.wire.payload != 3 * result.planned) wrong = "payload";
       if (!wrong.empty()) return std::string(octet::name_of(dtype)) + ": " + wrong;
     }
+  }
+  return {};
+}
+
+// Gradients with scales of blocks, on both paths.
+std::string block_reductions_of(Communicator& comm) {
+  blocks::BlockBucket bucket = blocks::random_bucket(comm.size(), {{1, 3}, {130, 300}, {256, 256}});
+  bucket.owners = blocks::deal_rows(bucket, 64, [&](int k) { return k % comm.size(); });
+  for (Path path : {Path::sharded, Path::two_shot}) {
+    const auto outcome = blocks::reduce_on_rank(comm, bucket, path, 3);
+    std::string wrong = blocks::wrong_in(bucket, path, comm.rank(), outcome);
+    if (wrong.empty() && outcome.wire.payload != 3 * outcome.planned) wrong = "payload";
+    if (!wrong.empty()) return wrong;
+  }
+  return {};
+}
+
+// NCCL's own sum: one hop between two ranks, so its order cannot matter yet.
+std::string sum_of(Communicator& comm) {
+  const MeanCase gradients = nccl_case(DType::e4m3, comm.size());
+  for (std::int32_t mu : {0, 1000, -1000}) {
+    const SumCase bucket{gradients.gradients, mu};
+    const SumResult result = sum_on_rank(comm, bucket, 3);
+    std::string wrong = wrong_in(bucket, result, 3);
+    if (wrong.empty() && result.wire.payload != 3 * result.planned) wrong = "payload";
+    if (!wrong.empty()) return wrong;
   }
   return {};
 }
@@ -150,6 +178,8 @@ TEST_CASE("one NCCL rank in this process") {
   CHECK(comm->size() == 1);
   CHECK(reductions_of(*comm) == "");
   CHECK(window_reductions_of(*comm) == "");
+  CHECK(block_reductions_of(*comm) == "");
+  CHECK(sum_of(*comm) == "");
   CHECK(gather_of(*comm) == "");
   CHECK(texts_of(*comm) == "");
   CHECK(comm->wire_bytes().payload == 0);
@@ -222,6 +252,8 @@ TEST_CASE("one of the processes", "[.]") {
   CHECK(comm->rank() == rank);
   CHECK(comm->size() == kRanks);
   CHECK(reductions_of(*comm) == "");
+  CHECK(block_reductions_of(*comm) == "");
+  CHECK(sum_of(*comm) == "");
   CHECK(gather_of(*comm) == "");
   CHECK(texts_of(*comm) == "");
   CHECK(broadcast_of(*comm) == "");

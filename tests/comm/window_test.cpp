@@ -22,20 +22,6 @@ std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 const char* name_of(DeviceType device) { return device == DeviceType::cpu ? "cpu" : "cuda"; }
 const char* name_of(Path path) { return path == Path::sharded ? "sharded" : "two_shot"; }
 
-MeanCase random_case(DType dtype, int ranks, const std::vector<std::size_t>& counts) {
-  MeanCase bucket;
-  bucket.dtype = dtype;
-  for (int r = 0; r < ranks; ++r) {
-    std::vector<Contribution> own;
-    for (std::size_t t = 0; t < counts.size(); ++t) {
-      const auto seed = static_cast<std::uint32_t>(100 * r + static_cast<int>(t));
-      own.push_back(contribute(dtype, wide_values(counts[t], seed, -12 - r, 2 * r)));
-    }
-    bucket.gradients.push_back(own);
-  }
-  return bucket;
-}
-
 std::vector<MeanResult> reduce(const MeanCase& bucket, Path path, DeviceType device,
                                std::size_t shift = 0, int runs = 1) {
   std::vector<MeanResult> results(at(bucket.ranks()));
@@ -60,8 +46,6 @@ void check_case(const MeanCase& bucket, DeviceType device, std::size_t shift = 0
     }
   }
 }
-
-const std::vector<std::size_t> kOddSizes = {1, 2, 3, 0, 127, 129, 16384 + 1};
 
 }  // namespace
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A whole step, gradients and Linear included, or of AdamW or a Linear alone, captured once and
 // replayed: the bits of the eager run, with learning rates and inputs that change between replays.
-#include <cuda_runtime_api.h>
-
 #include <array>
 #include <cmath>
 #include <sstream>
@@ -12,6 +10,7 @@
 #include "support/adamw_model.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
+#include "support/cuda_stream.hpp"
 #include "support/devices.hpp"
 #include "support/random.hpp"
 
@@ -22,42 +21,6 @@ constexpr std::int64_t kTokens = 48;
 constexpr std::int64_t kIn = 96;
 constexpr std::int64_t kOut = 64;
 constexpr std::array<float, 6> kRates = {1e-3f, 2e-3f, 5e-4f, 4e-3f, 1e-3f, 3e-3f};
-
-class Stream {
- public:
-  Stream() { REQUIRE(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) == cudaSuccess); }
-  ~Stream() { cudaStreamDestroy(stream_); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
-/// What a callable enqueues on a stream, captured.
-class Graph {
- public:
-  template <class Enqueue>
-  Graph(cudaStream_t stream, Enqueue enqueue) : stream_(stream) {
-    REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-    enqueue();
-    REQUIRE(cudaStreamEndCapture(stream, &graph_) == cudaSuccess);
-    REQUIRE(cudaGraphInstantiate(&executable_, graph_, 0) == cudaSuccess);
-  }
-  ~Graph() {
-    cudaGraphExecDestroy(executable_);
-    cudaGraphDestroy(graph_);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-  void launch() { REQUIRE(cudaGraphLaunch(executable_, stream_) == cudaSuccess); }
-
- private:
-  cudaStream_t stream_;
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t executable_ = nullptr;
-};
 
 /// One linear layer and a vector, trained on a fixed batch.
 class Trainer {

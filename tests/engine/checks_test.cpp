@@ -229,6 +229,17 @@ TEST_CASE("configurations that cannot work are refused by field") {
   CHECK(freeze_error({}) == "no error");
   CHECK(missing(freeze_error({.bucket_elements = 0}), {"bucket_elements", "0"}) == "");
   CHECK(missing(freeze_error({.fp8_min_elements = -1}), {"fp8_min_elements", "-1"}) == "");
+  CHECK(missing(freeze_error({.micro_batches = 0}), {"micro_batches", "0"}) == "");
+  const auto accumulator_error = [&](Level level, DType dtype) {
+    return freeze_error({.level = level, .micro_batches = 2, .accumulator = dtype});
+  };
+  for (DType dtype : {DType::f32, DType::bf16, DType::e4m3}) {
+    CHECK(accumulator_error(Level::O2, dtype) == "no error");
+  }
+  CHECK(accumulator_error(Level::O0, DType::bf16) == "no error");
+  CHECK(missing(accumulator_error(Level::O2, DType::f16), {"accumulator", "f16", "e4m3"}) == "");
+  CHECK(missing(accumulator_error(Level::O0, DType::e4m3),
+                {"accumulator", "e4m3", "formats.gradient", "bf16"}) == "");
   CHECK(missing(freeze_error({.adamw = {.eps = 0.0f}}), {"eps"}) == "");
   CHECK(missing(freeze_error({.adamw = {.beta1 = 0.9f, .beta2 = 0.5f}}),
                 {"formats", "beta1", "beta2"}) == "");
@@ -243,10 +254,63 @@ TEST_CASE("configurations that cannot work are refused by field") {
   CHECK(parse_level("O1") == Level::O1);
 }
 
-TEST_CASE("a communicator of another context is refused") {
-  const Context ctx = Context::cpu();
+TEST_CASE("a communicator of another device is refused") {
+  if (cuda_device_count() == 0) {
+    WARN("no CUDA device: there is one kind of device only");
+    return;
+  }
   const auto comm = make_single(Context::cpu());
-  CHECK(missing(error_of([&] { Engine(ctx, *comm); }), {"communicator"}) == "");
+  CHECK(missing(error_of([&] { Engine(Context::cuda(0, nullptr), *comm); }),
+                {"communicator", "cpu", "cuda:0"}) == "");
+}
+
+TEST_CASE("overlap needs a communicator with a stream of its own") {
+  const Context ctx = Context::cpu();
+  const auto shared = make_single(ctx), apart = make_single(Context::cpu());
+  const auto error = [&](Communicator& comm, Schedule schedule) {
+    return error_of([&] { Engine(ctx, comm, {.schedule = schedule}); });
+  };
+  CHECK(missing(error(*shared, Schedule::overlap), {"schedule", "overlap", "stream"}) == "");
+  CHECK(error(*shared, Schedule::after_backward) == "no error");
+  CHECK(error(*apart, Schedule::overlap) == "no error");
+  CHECK(error(*apart, Schedule::after_backward) == "no error");
+}
+
+TEST_CASE("fused needs an optimizer that is cut over several ranks") {
+  for (int ranks : {1, 2}) {
+    for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+      std::vector<std::string> errors(static_cast<std::size_t>(ranks));
+      run_ranks(ranks, [&](Communicator& comm) {
+        errors[static_cast<std::size_t>(comm.rank())] = error_of([&] {
+          Engine(Context::cpu(), comm, {.sharding = sharding, .schedule = Schedule::fused});
+        });
+      });
+      for (const std::string& error : errors) {
+        CAPTURE(ranks, name_of(sharding));
+        if (ranks > 1 && sharding == Sharding::optimizer) {
+          CHECK(error == "no error");
+        } else {
+          CHECK(
+              missing(error, {"schedule is fused", "sharding is " + std::string(name_of(sharding)),
+                              ranks == 1 ? "over 1 rank;" : "over 2 ranks;"}) == "");
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("ranks with different schedules all throw") {
+  std::vector<std::string> errors(3);
+  run_ranks(3, [&](Communicator& comm) {
+    EngineConfig config;
+    if (comm.rank() == 2) config.schedule = Schedule::after_backward;
+    Engine engine(Context::cpu(), comm, config);
+    errors[static_cast<std::size_t>(comm.rank())] = error_of([&] { engine.freeze(); });
+  });
+  for (const std::string& error : errors) {
+    CHECK(missing(error, {"rank 0 has schedule overlap;", "rank 2 has schedule after_backward"}) ==
+          "");
+  }
 }
 
 TEST_CASE("initial values that are not finite are refused by name") {
@@ -320,6 +384,20 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
       {"buckets",
        {"bucket_elements", "77"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) { config.bucket_elements = 77; }},
+      {"micro-batches",
+       {"micro_batches 1;", "micro_batches 4"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.micro_batches = 4; }},
+      {"accumulator",
+       {"accumulator f32;", "accumulator bf16"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) {
+         config.accumulator = DType::bf16;
+       }},
+      {"one format",
+       {"format of v f16;", "format of v f32"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) {
+         config.formats = formats_of(Level::O2);
+         config.formats->state.v = StateFormat::f32;
+       }},
       {"seed",
        {"seed", "123"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.seed = 123; }},
@@ -331,6 +409,9 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
       {"maximize",
        {"maximize"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) { config.adamw.maximize = true; }},
+      {"clipping",
+       {"clipping 1;", "clipping 0"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.clipping = false; }},
       {"rounding",
        {"stochastic_rounding"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) {

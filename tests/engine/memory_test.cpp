@@ -95,6 +95,44 @@ TEST_CASE("every row of the plan is what the allocator gave") {
   }
 }
 
+TEST_CASE("with the schedule fused the plan counts a buffer of the means where steps may clip") {
+  for (Level level : kLevels) {
+    for (int ranks : {2, 3}) {
+      const auto run = [&](Schedule schedule, bool clipping) {
+        return measure({.level = level,
+                        .sharding = Sharding::optimizer,
+                        .schedule = schedule,
+                        .clipping = clipping},
+                       ranks, clipping ? 1.0f : 0.0f);
+      };
+      const auto after = run(Schedule::after_backward, true);
+      for (bool clipping : {false, true}) {
+        const auto fused = run(Schedule::fused, clipping);
+        for (std::size_t r = 0; r < fused.size(); ++r) {
+          INFO(name_of(level) << ", rank " << r << " of " << ranks << ", clipping " << clipping);
+          const RankMemory& rank = fused[r];
+          std::uint64_t sum = 0;
+          for (const MemoryRow& row : rank.plan.memory) {
+            INFO(row.what << (row.fp8_managed ? ", FP8-managed" : ", other"));
+            CHECK(row.predicted == row.measured);
+            sum += row.measured;
+          }
+          CHECK(sum <= rank.held);
+          CHECK(rank.held - sum < 1024);
+          CHECK(rank.grown_in_steps == 0);
+          CHECK(rank.payload == after[r].payload);
+          CHECK(rank.plan.wire_bytes_per_step == after[r].plan.wire_bytes_per_step);
+          for (bool managed : {false, true}) {
+            const std::uint64_t kept = row(after[r].plan, "reduced gradient shard", managed);
+            CHECK((kept > 0 || !managed));
+            CHECK(row(rank.plan, "reduced gradient shard", managed) == (clipping ? kept : 0));
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("a step takes no memory") {
   for (Level level : kLevels) {
     for (int ranks : {1, 3}) {

@@ -64,14 +64,15 @@ void add_parameters(Engine& engine, const Context& ctx, std::vector<Buffer>& kee
   }
 }
 
-void train_step(Engine& engine, const Context& ctx, int step) {
+void train_step(Engine& engine, const Context& ctx, int step, int seed = 0,
+                float max_norm = kMaxNorm) {
   for (int p = 0; p < kCount; ++p) {
-    const Buffer buffer = upload(ctx, values_of(p, step, 0.1f));
+    const Buffer buffer = upload(ctx, values_of(p, step + seed, 0.1f));
     engine.add_gradient(
         {p}, view_of(ctx, buffer, DType::f32, kCases[static_cast<std::size_t>(p)].shape));
     ctx.synchronize();  // the buffer goes away
   }
-  engine.step({.lr = kRate, .max_norm = kMaxNorm});
+  engine.step({.lr = kRate, .max_norm = max_norm});
 }
 
 /// All that the engine hands out of a weight, by its accessors.
@@ -138,9 +139,11 @@ std::vector<Bytes> weights_of_adamw(const Formats& formats) {
   return weights;
 }
 
-/// What every rank of an engine holds after the same steps.
+/// What every rank of an engine holds after the same steps; the gradients of rank r are those of
+/// r * seeds steps later.
 std::vector<std::vector<Bytes>> weights_of_engine(const EngineConfig& config, int ranks,
-                                                  DeviceType device) {
+                                                  DeviceType device, float max_norm = kMaxNorm,
+                                                  int seeds = 0) {
   std::vector<std::vector<Bytes>> results(static_cast<std::size_t>(ranks));
   run_ranks(
       ranks,
@@ -150,7 +153,9 @@ std::vector<std::vector<Bytes>> weights_of_engine(const EngineConfig& config, in
         std::vector<Buffer> keep;
         add_parameters(engine, ctx, keep);
         engine.freeze();
-        for (int step = 1; step <= kSteps; ++step) train_step(engine, ctx, step);
+        for (int step = 1; step <= kSteps; ++step) {
+          train_step(engine, ctx, step, seeds * comm.rank(), max_norm);
+        }
         for (int p = 0; p < kCount; ++p) {
           results[static_cast<std::size_t>(comm.rank())].push_back(handed_out(engine, ctx, p));
         }
@@ -199,6 +204,35 @@ TEST_CASE("weights of matrices are those of an AdamW alone, on any number of ran
 TEST_CASE("scales of tiles are gathered with the codes of a sharded optimizer") {
   for (DType gradient : kGradientFormats) {
     check_engine(formats_with(WeightFormat::e4m3_tile, gradient), Sharding::optimizer, {2, 3, 4});
+  }
+}
+
+TEST_CASE("tiles are the same after backward and fused") {
+  const StateFormats of_blocks = {WeightFormat::e4m3_tile, StateFormat::f32,
+                                  StateFormat::e4m3_block, StateFormat::sqrt_e4m3_block};
+  for (const Formats& formats :
+       {formats_with(WeightFormat::e4m3_tile), formats_with(WeightFormat::e4m3_tile, DType::bf16),
+        Formats{DType::e4m3, of_blocks}}) {
+    for (DeviceType device : rank_devices()) {
+      for (int ranks : {2, 3, 5}) {
+        EngineConfig config{.sharding = Sharding::optimizer,
+                            .formats = formats,
+                            .adamw = adamw_config(),
+                            .schedule = Schedule::after_backward};
+        const auto after = weights_of_engine(config, ranks, device, 0.0f, 50);
+        config.schedule = Schedule::fused;
+        config.clipping = false;
+        const auto fused = weights_of_engine(config, ranks, device, 0.0f, 50);
+        for (std::size_t rank = 0; rank < fused.size(); ++rank) {
+          for (std::size_t p = 0; p < kCount; ++p) {
+            INFO("rank " << rank << " of " << ranks << ", parameter " << p << ", cuda "
+                         << (device == DeviceType::cuda));
+            CHECK(first_difference(fused[rank][p], after[rank][p]) == "");
+            CHECK(first_difference(fused[rank][p], fused[0][p]) == "");
+          }
+        }
+      }
+    }
   }
 }
 

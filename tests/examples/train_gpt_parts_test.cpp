@@ -14,10 +14,12 @@ using namespace octet::test;
 using train_gpt::Rank;
 using train_gpt::TextData;
 
+constexpr octet::Schedule kSchedule = octet::Schedule::after_backward;
+
 TEST_CASE("a failing rank ends the others and is named once", "[train_gpt]") {
   for (int failing : {0, 2}) {
     const std::string message = error_of([&] {
-      train_gpt::run_ranks(octet::DeviceType::cpu, 3, [&](const Rank& rank) {
+      train_gpt::run_ranks(octet::DeviceType::cpu, 3, kSchedule, [&](const Rank& rank) {
         if (rank.index == failing) octet::fail("out of paper");
         int value = rank.index, all[3];
         rank.comm.all_gather(&value, all, sizeof value);  // would wait for ever
@@ -30,7 +32,7 @@ TEST_CASE("a failing rank ends the others and is named once", "[train_gpt]") {
 TEST_CASE("every rank runs once with its own communicator", "[train_gpt]") {
   for (int count : {1, 2, 4}) {
     std::vector<int> seen(4, 0);
-    train_gpt::run_ranks(octet::DeviceType::cpu, count, [&](const Rank& rank) {
+    train_gpt::run_ranks(octet::DeviceType::cpu, count, kSchedule, [&](const Rank& rank) {
       int value = rank.index + 1;
       std::vector<int> all(static_cast<std::size_t>(count));
       rank.comm.all_gather(&value, all.data(), sizeof value);

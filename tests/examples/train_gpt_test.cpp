@@ -23,6 +23,9 @@ const std::string kSmall = "--layers 1 --width 64 --heads 2 --context 16 --batch
 const char* const kRunKeys[] = {"level",
                                 "sharding",
                                 "ranks",
+                                "schedule",
+                                "clip_grad",
+                                "micro_batches",
                                 "device",
                                 "parameters",
                                 "fp8_recipe",
@@ -251,6 +254,54 @@ TEST_CASE("the same seed gives the same run, at any number of ranks the same bat
   }
 }
 
+TEST_CASE("micro-batches train as the whole batch does and are reduced once", "[train_gpt]") {
+  const std::string arguments = kSmall + "--device cpu --levels O0,O2 --steps 3 --ranks 2 ";
+  const json whole = train(arguments).at("runs");
+  Outcome outcome;
+  const json halves = train(arguments + "--micro-batches 2", &outcome).at("runs");
+  CHECK(count_of(outcome.out, "3 steps of 2 micro-batches. ") == 1);
+  for (std::size_t i = 0; i < 2; ++i) {
+    CHECK(halves[i].at("micro_batches") == 2);
+    for (std::size_t step = 0; step < 3; ++step) {
+      const double loss = halves[i].at("losses")[step];
+      CHECK(std::abs(loss - whole[i].at("losses")[step].get<double>()) < 2e-3);
+    }
+    const double apart =
+        halves[i].at("val_loss").get<double>() - whole[i].at("val_loss").get<double>();
+    CHECK(std::abs(apart) < 2e-3);
+    CHECK(halves[i].at("wire_bytes_per_parameter_per_step") ==
+          whole[i].at("wire_bytes_per_parameter_per_step"));
+    CHECK(halves[i].at("fp8_gemms_per_step") == 2 * whole[i].at("fp8_gemms_per_step").get<int>());
+  }
+}
+
+TEST_CASE("overlap trains with the bits of a reduction after backward", "[train_gpt]") {
+  const std::string arguments = kSmall + "--device cpu --steps 3 --ranks 2 --micro-batches 2 ";
+  const json after = train(arguments).at("runs");
+  const json overlap = train(arguments + "--schedule overlap --bucket-elements 5000").at("runs");
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(after[i].at("schedule") == "after_backward");
+    CHECK(overlap[i].at("schedule") == "overlap");
+    for (const char* key : {"losses", "val_loss", "wire_bytes_per_parameter_per_step"}) {
+      CHECK(overlap[i].at(key) == after[i].at(key));
+    }
+  }
+}
+
+TEST_CASE("fused trains with the bits of a reduction after backward", "[train_gpt]") {
+  const std::string arguments =
+      kSmall + "--device cpu --steps 3 --ranks 2 --levels O3 --micro-batches 2 --clip-grad 0 ";
+  const json after = train(arguments).at("runs")[0];
+  const json fused = train(arguments + "--schedule fused").at("runs")[0];
+  CHECK(after.at("schedule") == "after_backward");
+  CHECK(fused.at("schedule") == "fused");
+  CHECK(fused.at("clip_grad") == 0.0f);
+  for (const char* key : {"losses", "val_loss", "wire_bytes_per_parameter_per_step"}) {
+    CHECK(fused.at(key) == after.at(key));
+  }
+  CHECK(fused.at("peak_bytes_per_rank") < after.at("peak_bytes_per_rank"));
+}
+
 TEST_CASE("CUDA trains as the CPU does", "[train_gpt]") {
   if (octet::cuda_device_count() == 0) return;
   const Folder folder;
@@ -314,6 +365,14 @@ TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_g
       {"--context 0", {"--context 0", "at least 1"}},
       {"--batch 0", {"--batch 0", "at least 1"}},
       {"--batch 16 --ranks 3", {"--batch 16", "--ranks 3"}},
+      {"--micro-batches 0", {"--micro-batches 0", "at least 1"}},
+      {"--batch 12 --ranks 2 --micro-batches 4", {"--micro-batches 4", "6 rows", "--batch 12"}},
+      {"--bucket-elements 0", {"--bucket-elements 0", "at least 1"}},
+      {"--schedule sometimes", {"--schedule sometimes", "overlap", "after_backward", "fused"}},
+      {"--schedule fused --ranks 1 --levels O3", {"--schedule fused", "--ranks"}},
+      {"--schedule fused --ranks 2 --levels O3,O2", {"--schedule fused", "O3", "not O2"}},
+      {"--schedule fused --ranks 2 --levels O3", {"--schedule fused", "--clip-grad 0", "1"}},
+      {"--clip-grad -1", {"--clip-grad -1", "positive"}},
       {"--ranks 0", {"--ranks 0", "at least 1"}},
       {"--ranks -2", {"--ranks -2", "at least 1"}},
       {"--steps 0", {"--steps 0", "at least 1"}},
@@ -347,9 +406,27 @@ TEST_CASE("--help names every option", "[train_gpt]") {
   const Outcome outcome = run_program(folder, "--help");
   CHECK(outcome.exit_code == 0);
   CHECK(outcome.err.empty());
-  CHECK(
-      missing(outcome.out, {"--data", "--levels", "--ranks", "--steps", "--device", "--layers",
-                            "--width", "--heads", "--context", "--batch", "--lr", "--seed",
-                            "--log-every", "--json", "--fp8-recipe", "--fp8-format", "--fp8-margin",
-                            "--fp8-amax-history-len", "--fp8-amax-compute-algo"}) == "");
+  CHECK(missing(outcome.out, {"--data",
+                              "--levels",
+                              "--ranks",
+                              "--steps",
+                              "--device",
+                              "--layers",
+                              "--width",
+                              "--heads",
+                              "--context",
+                              "--batch",
+                              "--lr",
+                              "--clip-grad",
+                              "--seed",
+                              "--log-every",
+                              "--json",
+                              "--fp8-recipe",
+                              "--fp8-format",
+                              "--fp8-margin",
+                              "--fp8-amax-history-len",
+                              "--fp8-amax-compute-algo",
+                              "--micro-batches",
+                              "--schedule",
+                              "--bucket-elements"}) == "");
 }

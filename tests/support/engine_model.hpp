@@ -4,6 +4,7 @@
 #pragma once
 
 #include <functional>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -59,9 +60,14 @@ struct RunOptions {
   int ranks = 1;
   int steps = 4;
   DeviceType device = DeviceType::cpu;
+  /// Makes the engine's context beside the communicator's; empty: it is that, with one stream.
+  std::function<Context(const Context&)> engine_context = {};
   GradientFn gradient = common_gradient;
+  /// In which order a rank hands its gradients over; empty: as registered.
+  std::function<std::vector<std::size_t>(int rank, int step)> order = {};
   float lr = 1e-3f;
   float max_norm = 0.0f;
+  int clip_every = 1;  ///< every so many steps one clips
 };
 
 using Bytes = std::vector<std::uint8_t>;
@@ -104,6 +110,28 @@ inline void hand_over(Engine& engine, const Context& ctx, const GradientFn& grad
   }
 }
 
+/// The step that the gradient of a micro-batch belongs to for a GradientFn.
+inline int micro_step(int step, int micro_batch) { return step + 100 * micro_batch; }
+
+/// All micro-batches of a step.
+inline void hand_over(Engine& engine, const Context& ctx, const RunOptions& options, int rank,
+                      int step) {
+  std::vector<std::size_t> order(model_params().size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  for (int m = 0; m < options.config.micro_batches; ++m) {
+    const int at = micro_step(step, m);
+    if (options.order) order = options.order(rank, at);
+    for (std::size_t p : order) {
+      const std::vector<float> values = options.gradient(rank, p, at);
+      if (values.empty()) continue;
+      const Buffer buffer = upload(ctx, values);
+      engine.add_gradient({static_cast<int>(p)},
+                          view_of(ctx, buffer, DType::f32, model_params()[p].shape));
+      ctx.synchronize();  // the buffer goes away
+    }
+  }
+}
+
 inline Bytes codes_of(const Context& ctx, const StateView& view) {
   const auto count = static_cast<std::size_t>(view.count);
   return download<std::uint8_t>(ctx, view.data, count * size_of(view.format));
@@ -139,7 +167,8 @@ inline RankResult read_back(const Engine& engine, const Context& ctx) {
 inline std::vector<RankResult> train(const RunOptions& options) {
   std::vector<RankResult> results(static_cast<std::size_t>(options.ranks));
   const auto run_rank = [&](Communicator& comm) {
-    const Context ctx = comm.context();
+    const Context ctx =
+        options.engine_context ? options.engine_context(comm.context()) : comm.context();
     Engine engine(ctx, comm, options.config);
     std::vector<Buffer> keep;
     add_parameters(engine, ctx, keep);
@@ -148,9 +177,10 @@ inline std::vector<RankResult> train(const RunOptions& options) {
     std::uint64_t payload = 0;
     RankResult& result = results[static_cast<std::size_t>(comm.rank())];
     for (int step = 1; step <= options.steps; ++step) {
-      hand_over(engine, ctx, options.gradient, comm.rank(), step);
       payload = comm.wire_bytes().payload;
-      const StepResult done = engine.step({.lr = options.lr, .max_norm = options.max_norm});
+      hand_over(engine, ctx, options, comm.rank(), step);
+      const float max_norm = step % options.clip_every == 0 ? options.max_norm : 0.0f;
+      const StepResult done = engine.step({.lr = options.lr, .max_norm = max_norm});
       payload = comm.wire_bytes().payload - payload;
       norms.push_back(done.norm.read_sync());
       result.step = done.step.read_sync();

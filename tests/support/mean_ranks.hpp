@@ -10,6 +10,7 @@
 #include "support/compare.hpp"
 #include "support/guarded.hpp"
 #include "support/mean_reference.hpp"
+#include "support/random.hpp"
 
 namespace octet::test {
 
@@ -183,6 +184,24 @@ inline std::string wrong_in(const MeanCase& bucket, MeanReducer::Path path, int 
     if (!difference.empty()) return where + difference;
   }
   return {};
+}
+
+/// Odd sizes, an empty tensor.
+inline const std::vector<std::size_t> kOddSizes = {1, 2, 3, 0, 127, 129, 16384 + 1};
+
+/// Gradients of these sizes; the ranks' magnitudes differ.
+inline MeanCase random_case(DType dtype, int ranks, const std::vector<std::size_t>& counts) {
+  MeanCase bucket;
+  bucket.dtype = dtype;
+  for (int r = 0; r < ranks; ++r) {
+    std::vector<Contribution> own;
+    for (std::size_t t = 0; t < counts.size(); ++t) {
+      const auto seed = static_cast<std::uint32_t>(100 * r + static_cast<int>(t));
+      own.push_back(contribute(dtype, wide_values(counts[t], seed, -12 - r, 2 * r)));
+    }
+    bucket.gradients.push_back(own);
+  }
+  return bucket;
 }
 
 /// Deals all elements out in chunks; chunk k goes to the rank that `owner` names for it.

@@ -20,7 +20,8 @@ struct ReduceTensor {
   /// This rank's gradient, whole: e4m3, bf16 or f32; the same dtype for all tensors of a reducer.
   TensorView gradient = {};
   /// Where this rank's mean goes (sharded only): f32, the elements of its pieces one after the
-  /// other. Empty for two_shot, which puts the mean where the gradient was.
+  /// other. Empty for two_shot, which puts the mean where the gradient was, and for contributions,
+  /// which makes none.
   TensorView shard = {};
 };
 
@@ -32,6 +33,8 @@ class MeanReducer {
   enum class Path : std::uint8_t {
     sharded,   ///< FP32 means of this rank's pieces; a gradient is rounded once
     two_shot,  ///< means rounded to the gradient's dtype and gathered by every rank
+    /// No means: all ranks' contributions to this rank's pieces, for an AdamW that sums them.
+    contributions,
   };
 
   /// `scales` are the tensors' scales, one after the other in device memory: on entry of run() this
@@ -47,8 +50,19 @@ class MeanReducer {
   /// Enqueues the collective on the communicator's stream. Raises *nonfinite (a device word) when
   /// any rank's amax is not finite. Deterministic: same bits for every transport, bucket size and
   /// run. With one rank two_shot leaves the bytes alone and only replaces amax by A. Watched as one
-  /// collective; throws CommError if it or an earlier one failed.
+  /// collective; throws CommError if it or an earlier one failed, octet::Error for the path
+  /// contributions.
   void run(std::uint32_t* nonfinite);
+
+  /// The first part of run(), not for two_shot: the scales of the means, and the contributions to
+  /// this rank's pieces into staging, where they stay until the next run() or collect(). The means
+  /// are left to who reads contributions(). The flag, payload, scales and errors are those of
+  /// run().
+  void collect(std::uint32_t* nonfinite);
+  /// What collect() brings together, an entry for every tensor: this rank's own gradient and the
+  /// peers' shards in staging, with all ranks' scales. The pointers never change. Throws
+  /// octet::Error for two_shot.
+  std::vector<RankGradients> contributions() const;
 
   /// Payload bytes that run() makes this rank send.
   std::uint64_t payload_bytes() const { return payload_; }
@@ -56,7 +70,10 @@ class MeanReducer {
   std::size_t buffer_bytes() const;
 
  private:
+  std::uint64_t payload_of(const Owners& owners) const;
   void plan_parts(const std::vector<ReduceTensor>& tensors, const Owners& owners);
+  bool share_scales(std::uint32_t* nonfinite);
+  void plan_staging(const std::vector<ReduceTensor>& tensors, const std::vector<Piece>& own);
   void plan_pieces(const std::vector<ReduceTensor>& tensors, const std::vector<Piece>& own);
   void plan_window(const std::vector<ReduceTensor>& tensors, const Owners& owners);
   void run_window(std::uint32_t* nonfinite);
@@ -70,6 +87,8 @@ class MeanReducer {
   TensorScale* scales_;
   std::vector<SendPart> sends_, gather_sends_;
   std::vector<RecvPart> recvs_, gather_recvs_;
+  std::vector<const void*> gradients_;  ///< of the tensors, this rank's
+  std::vector<std::int64_t> staged_;    ///< where the tensors' shards begin in a block of staging
   Buffer staging_, pieces_, gathered_;
   std::uint64_t payload_ = 0;
 };

@@ -86,6 +86,14 @@ class Communicator {
   /// each of the others.
   void broadcast(void* data, std::size_t bytes, int root, Traffic traffic = Traffic::payload);
 
+  /// Whether the transport adds E4M3 codes itself ("nccl"). SumReducer does it where none does.
+  virtual bool has_sum_e4m3() const { return false; }
+  /// Why this rank could not, though the transport does; else empty.
+  virtual std::string sum_e4m3_refusal() const { return {}; }
+  /// Every rank's `count` codes become their sum over the ranks, rounded and saturated as the
+  /// transport does it. Only where has_sum_e4m3(). Payload, counted as sum_e4m3_bytes().
+  void sum_e4m3(void* codes, std::int64_t count);
+
   /// Throws the CommError of a collective that failed, if one did. Waits for nothing.
   void check();
   /// Waits for the context's stream; throws CommError if a collective failed, at the latest one
@@ -128,6 +136,7 @@ class Communicator {
   virtual std::unique_ptr<Window> do_make_window(std::size_t bytes);
   /// By default sends of the root to every other rank.
   virtual void do_broadcast(void* data, std::size_t bytes, int root);
+  virtual void do_sum_e4m3(void* codes, std::int64_t count);
   /// Around every collective: an outermost CollectiveScope. current() is set.
   virtual void do_begin() {}
   virtual void do_end() noexcept {}
@@ -154,6 +163,12 @@ class Communicator {
   std::optional<CommError> failure_;
   std::vector<std::weak_ptr<PeerWords>> windows_;
 };
+
+/// What a rank sends of `count` codes in a ring: 2 (ranks - 1) / ranks of them, rounded down.
+constexpr std::uint64_t sum_e4m3_bytes(std::int64_t count, int ranks) {
+  return 2 * static_cast<std::uint64_t>(count) * static_cast<std::uint64_t>(ranks - 1) /
+         static_cast<std::uint64_t>(ranks);
+}
 
 /// What is called inside counts as one collective, watched and numbered as one, with this name.
 /// Scopes nest; the outermost gives the name. A call outside of any scope is a collective itself.

@@ -38,16 +38,19 @@ class PeerWords {
 class Window {
  public:
   /// For communicators. Memory begins with peer_flag_bytes(), zeroed, and behind them come the
-  /// window's own bytes; begins[r] is where rank r's is seen from this device. `owner` gives the
-  /// memory back. Waits for the stream.
+  /// window's own bytes; begins[r] is where rank r's is seen from this device. `memory` bytes were
+  /// taken for it in all, which `owner` gives back. Waits for the stream.
   Window(const Context& ctx, int rank, const std::vector<void*>& begins, std::size_t bytes,
-         int blocks, std::chrono::milliseconds deadline, std::shared_ptr<void> owner);
+         std::size_t memory, int blocks, std::chrono::milliseconds deadline,
+         std::shared_ptr<void> owner);
   Window(const Window&) = delete;
   Window& operator=(const Window&) = delete;
 
   /// This rank's piece.
   void* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
+  /// Device memory held, of the context: bytes(), flags and tables.
+  std::size_t memory_bytes() const { return memory_ + table_.bytes() + epochs_.bytes(); }
   bool contains(const void* data, std::size_t bytes) const;
   /// Bytes from the beginning of the memory, flags included: the same place in every rank's.
   std::int64_t offset_of(const void* data) const;
@@ -65,7 +68,7 @@ class Window {
   std::vector<std::byte*> begins_;
   std::byte* begin_ = nullptr;
   void* data_ = nullptr;
-  std::size_t bytes_ = 0;
+  std::size_t bytes_ = 0, memory_ = 0;
   Buffer table_, epochs_;
   std::shared_ptr<PeerWords> words_;
   PeerMemory peers_;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "octet/comm/communicator.hpp"
+#include "octet/comm/gradient_reducer.hpp"
 #include "octet/engine/plan.hpp"
 #include "octet/runtime/tensor.hpp"
 
@@ -26,8 +27,29 @@ struct EngineConfig {
   /// Parameters with at least two dimensions and this many elements are FP8-managed; all others
   /// have FP32 weight, gradient and states.
   std::int64_t fp8_min_elements = 4096;
-  /// Gradients are reduced in buckets of at least this many elements.
+  /// Gradients are reduced in buckets of at least this many elements. With overlap nothing hides
+  /// what the last bucket takes, so a bucket should be a small part of the model.
   std::int64_t bucket_elements = std::int64_t{32} << 20;
+  /// When buckets are reduced, and whether into means. Default: overlap where the communicator's
+  /// context has a stream of its own, which it needs, else after_backward. fused needs an optimizer
+  /// cut over several ranks.
+  std::optional<Schedule> schedule = {};
+  /// Whether ranks read and write one another's memory (Communicator::make_window()): gradients,
+  /// their scales and, of an optimizer cut over ranks, weights then lie in a window. Default: with
+  /// NCCL, where the devices can; the plan says why not. true where they cannot is an error at
+  /// freeze().
+  std::optional<bool> windows = {};
+  /// Whether steps may clip. The norm is that of the means, so with `fused` this keeps the FP32
+  /// shard buffer (4 bytes per parameter that a rank owns), which only steps that clip fill.
+  bool clipping = true;
+  /// Gradients of a parameter that make up a step, one from each micro-batch. They are summed, and
+  /// the sum is reduced once: for the mean divide the loss by micro_batches.
+  int micro_batches = 1;
+  /// What more than one micro-batch is summed in: f32 (the default: 4 bytes per parameter, and the
+  /// sum is rounded to the gradient's format once) or bf16 (2 bytes, enough for few micro-batches:
+  /// one of 256 alike no longer moves the sum), or the gradient's own format, which takes no
+  /// memory. In e4m3 every sum is cast anew. A gradient in f32 is summed where it is.
+  std::optional<DType> accumulator = {};
 };
 
 struct ParamSpec {
@@ -50,7 +72,8 @@ struct StepOptions {
   float lr = 0.0f;
   /// Read instead of `lr` when set: a device scalar, so that a captured step can change it.
   const float* lr_device = nullptr;
-  /// Clip the gradients to this global norm; 0 means no clipping.
+  /// Clip the gradients to this global norm; 0 means no clipping. Refused where
+  /// EngineConfig::clipping is false.
   float max_norm = 0.0f;
 };
 
@@ -64,10 +87,15 @@ struct StepResult {
 /// The trainer's side of the library: parameters are handed over once, gradients every step.
 /// add(), freeze() are set-up; the weights, add_gradient() and step() are the hot path: no
 /// allocation, no synchronisation, no host read of a device value.
-/// All ranks make the same calls in the same order. Everything is deterministic.
+/// All ranks make the same calls in the same order; only add_gradient() may come in any order, or
+/// not at all. Everything is deterministic.
 class Engine {
  public:
-  /// `comm` must live as long as the engine and belong to the same context.
+  /// `comm` must live as long as the engine and belong to a context of the same device: the same,
+  /// or one with a stream of its own, on which the reduction then runs beside the backward pass.
+  /// From the last add_gradient() of a bucket to the end of step() it belongs to the engine. Where
+  /// ranks overlap so, freeze() tells the context that it shares the device
+  /// (Context::set_shares_device()).
   Engine(const Context& ctx, Communicator& comm, const EngineConfig& config = {});
   ~Engine();
   Engine(const Engine&) = delete;
@@ -103,10 +131,14 @@ class Engine {
   /// once.
   void weight_as(ParamId id, const TensorView& out) const;
 
-  /// Hands over the gradient of a parameter for this step: same shape, f32, bf16 or f16. It is
-  /// stored in the engine's format, so `gradient` may be reused at once in stream order. A second
-  /// one before step() is an error: sum the uses of a shared parameter first. A parameter without
-  /// one counts as zero gradient. Throws CommError when an earlier collective failed.
+  /// Hands over the gradient of a parameter for one micro-batch: same shape, f32, bf16 or f16. It
+  /// is stored in the engine's format or added to those of the micro-batches before, so `gradient`
+  /// may be reused at once in stream order. With the last of EngineConfig::micro_batches the
+  /// parameter is ready to be reduced, and with overlap buckets whose parameters all are get
+  /// launched; ranks may hand over in different orders. One more before step() is an error: sum the
+  /// uses of a shared parameter first. A parameter without any counts as zero gradient, one with
+  /// fewer than micro_batches has the sum of those. Throws CommError when an earlier collective
+  /// failed.
   void add_gradient(ParamId id, const TensorView& gradient);
 
   /// Reduce over the ranks, clip, update, gather. If any gradient on any rank is not finite nothing

@@ -12,7 +12,8 @@ namespace octet {
 /// Bytes of one kind of memory of this rank: what the plan says and what the allocator gave out.
 struct MemoryRow {
   /// "weight", "gradient", "master", "m", "v", "scales", where the format has them "transposed
-  /// weight" and "weight scales" (of blocks); "reduced gradient shard", "communication", "tables".
+  /// weight" and "weight scales" (of blocks); "reduced gradient shard", "gradient accumulator",
+  /// "communication", "tables".
   std::string what;
   bool fp8_managed = true;
   bool state = true;  ///< part of the model state (communication memory is not)
@@ -32,6 +33,8 @@ struct Plan {
   std::int64_t owned_fp8_parameters = 0;  ///< whose optimizer state this rank holds
   int buckets = 0;
   std::string reduction;      ///< path and reason
+  std::string schedule;       ///< when buckets are reduced, how, and why
+  std::string accumulation;   ///< how the gradients of micro-batches are summed
   std::string weight_gather;  ///< path and reason
   std::string optimizer;      ///< how the update runs, and why not faster
   std::vector<std::string> notes;

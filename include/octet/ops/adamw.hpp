@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "octet/ops/reduce_mean.hpp"
 #include "octet/ops/segment.hpp"
 #include "octet/ops/state_format.hpp"
 #include "octet/runtime/context.hpp"
@@ -98,6 +99,28 @@ struct alignas(16) AdamwTensor {
   std::uint64_t random_base = 0;
 };
 
+/// A further place of a compute weight, in device memory: whole, in the format of the first.
+struct WeightCopy {
+  void* data = nullptr;
+  float* blocks = nullptr;  ///< of e4m3_tile: the scales of its tiles, in their layout
+};
+
+/// What the update of a tensor reads and writes of other ranks. Every pointer belongs to the
+/// caller; a peer's memory that kernels can reach is as good as the device's own.
+struct alignas(16) AdamwExchange {
+  /// [ranks], device memory: the contributions whose mean is the gradient, in rank order; e4m3,
+  /// bf16 or f32. That of rank r is decoded with scales[r * scale_stride].
+  const RankGradient* gradients = nullptr;
+  const TensorScale* scales = nullptr;
+  std::int64_t scale_stride = 0;
+  /// [copy_count], device memory: where the compute weight goes besides AdamwTensor::weight (f32:
+  /// besides the master); of formats e4m3, bf16, f32 and e4m3_tile.
+  const WeightCopy* copies = nullptr;
+  std::int32_t ranks = 0, copy_count = 0;
+  DType dtype = DType::f32;  ///< of the contributions
+  bool is_aligned = true;    ///< all contributions and copies are aligned to 16 bytes
+};
+
 /// Scalars of a running optimizer, in device memory. `step`, `skipped` persist; the rest is
 /// computed anew by adamw_prepare in every step.
 struct AdamwScalars {
@@ -163,6 +186,13 @@ struct AdamwArgs {
   AdamwTensorStep* steps = nullptr;  ///< [tensor_count], device memory, written per step
   AdamwScratch* scratch = nullptr;   ///< device memory, written per step
 
+  /// [tensor_count], device memory; null where no tensor has anything to exchange.
+  const AdamwExchange* exchanges = nullptr;
+  /// True: the gradient of every tensor is the mean of AdamwExchange::gradients, which the update
+  /// forms itself with the bits of reduce_mean into f32; AdamwTensor::gradient is not read, its
+  /// dtype must be f32, and gradient_scale must be the f32 mean's, with amax = the bound A.
+  bool sums_contributions = false;
+
   /// Modes and seed; the groups hold the hyper-parameters.
   AdamWConfig config = {};
   /// Learning rate: read from `lr_device` (device memory) by adamw_prepare when that is set, else
@@ -184,7 +214,7 @@ struct AdamwArgs {
 /// amax, as decoded, into the gradient's scale (which must hold 0 or a lower bound before), and
 /// where `nonfinite` is set, 1 into it if a value of any tensor is not finite.
 /// Stream-ordered, one launch. Deterministic; for finite values equal bits on CPU and CUDA and for
-/// every sharding.
+/// every sharding. Throws octet::Error with sums_contributions: nothing holds the means.
 void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 
 /// First half of a step: norm and clip factor (a fixed binary tree over the segments in double),
@@ -198,7 +228,8 @@ void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 
 /// Second half: the update of numerics section 3 over all segments in one pass; writes m, v,
-/// master, the compute weight and their amax. The segments of a panel must be there together.
+/// master, the compute weight with its copies, and their amax. The segments of a panel must be
+/// there together.
 /// Stream-ordered, one launch. Deterministic; equal bits on CPU and CUDA and for every sharding.
 void adamw_update(const Context& ctx, const AdamwArgs& args);
 

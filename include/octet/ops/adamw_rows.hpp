@@ -75,13 +75,27 @@ OCTET_HD constexpr bool is_shaped_for_row(const AdamwTensor& t) {
          (t.rows >= 128 && t.columns % 128 == 0 && t.columns <= (std::int64_t{1} << 23) &&
           (t.rows % 8 == 0 || !is_transposed(t.formats.weight)));
 }
+/// Ranks, and copies of a weight, that a row takes.
+inline constexpr std::int32_t kMaxRowRanks = 64;
+/// Whether an update that exchanges has fast code for a row with this gradient (of one that sums
+/// contributions: their dtype): for weights that a sharded optimizer may have, and of stored
+/// gradients for the f32 shard.
+OCTET_HD constexpr bool is_exchanged(DType gradient, const StateFormats& formats, bool sums) {
+  return !is_transposed(formats.weight) && (sums || gradient == DType::f32);
+}
+OCTET_HD inline bool is_fit_for_row(const AdamwExchange& x) {
+  return x.is_aligned && x.ranks <= kMaxRowRanks && x.copy_count <= kMaxRowRanks;
+}
 /// Smaller ones make operands of the update subnormal.
 inline constexpr float kSmallestEpsForRow = 0x1p-44f;
 
 /// Why the update of this tensor takes the general code on CUDA; empty where it does not. (What
 /// only a step knows sends single steps there too: scales near the ends of FP32's range, an eps
-/// near 2^-44 in the first ones.) Host code; looks at the addresses of the buffers, not into them.
+/// near 2^-44 in the first ones.) `exchange` is what the tensor exchanges, or null; with
+/// contributions the reason is that of a step that sums them. Host code; looks at the addresses of
+/// the buffers, not into them.
 std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig& config,
-                                    const AdamwHyper& hyper);
+                                    const AdamwHyper& hyper,
+                                    const AdamwExchange* exchange = nullptr);
 
 }  // namespace octet

@@ -53,7 +53,8 @@ struct QuantizeArgs {
 /// the registers and the shared memory of the device (33 MB on an H100). Up to twice as much, only
 /// what does not fit is read twice; beyond that all of it. That one pass is a cooperative launch:
 /// it starts when all multiprocessors are free, so beside another stream's long kernels (a
-/// collective of NCCL's, say) it waits for their end.
+/// collective of NCCL's, say) it would wait for their end; with Context::set_shares_device() the
+/// input is read twice instead.
 ///
 /// Stream-ordered, no synchronisation. Deterministic, equal bits on CPU and CUDA.
 ///

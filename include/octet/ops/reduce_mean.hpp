@@ -2,10 +2,28 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "octet/runtime/context.hpp"
 
 namespace octet {
+
+/// What one rank contributes to the mean of a tensor, in device memory.
+struct RankGradient {
+  const void* data = nullptr;
+  /// False: the whole tensor. True: the elements that this rank updates, one after the other.
+  bool is_shard = false;
+  bool operator==(const RankGradient&) const = default;
+};
+
+/// All ranks' contributions to the elements of a tensor whose mean this rank wants.
+struct RankGradients {
+  std::vector<RankGradient> ranks = {};  ///< in rank order
+  DType dtype = DType::f32;              ///< e4m3, bf16 or f32
+  /// In device memory: that of rank r is scales[r * scale_stride].
+  const TensorScale* scales = nullptr;
+  std::int64_t scale_stride = 0;
+};
 
 /// One contiguous piece of one tensor whose mean over the ranks this rank computes.
 struct MeanPiece {

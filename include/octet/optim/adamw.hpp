@@ -37,11 +37,24 @@ struct AdamWParam {
   /// sharded caller takes the maximum over the ranks before step().
   bool measure_amax = false;
   bool gradient_is_shard = false;
+  /// Instead of a gradient or beside it: what all ranks contribute to it. A step that is told to
+  /// (AdamWStep::from_contributions) forms the mean of the elements it updates inside its one pass,
+  /// with the bits that reduce_mean into an f32 shard would give. gradient_scale is then the
+  /// mean's, with amax = the bound A that mean_scales() writes; a gradient beside is the f32 mean
+  /// itself, for steps that read that. No measure() of contributions, because nothing holds the
+  /// mean.
+  std::optional<RankGradients> contributions = {};
   /// Compute weight, whole, in formats.weight; of an f32 weight the master too; empty for `none`.
   TensorView weight = {};
   /// For a format that is also transposed the transposed weight [columns, rows] of a matrix, whole;
   /// else empty. A step writes what belongs to this rank's pieces.
   TensorView weight_transposed = {};
+  /// Where the scales of an e4m3_tile weight go: the caller's, scale_bytes() of them, for memory
+  /// that peers reach. Null: the optimizer's own.
+  float* weight_blocks = nullptr;
+  /// Further places where a step writes what it writes of the compute weight, each whole and in its
+  /// format: e4m3, bf16, f32 or e4m3_tile (with the tiles' scales). initialise() leaves them alone.
+  std::vector<WeightCopy> weight_copies = {};
   /// Pieces of this parameter that this rank updates, unions of whole panels; Piece::tensor is
   /// ignored. Not set: all of it.
   std::optional<std::vector<Piece>> pieces = {};
@@ -57,6 +70,9 @@ struct AdamWStep {
   float max_norm = 0.0f;  ///< 0: no clipping
   /// Device word: not 0 skips the step. Set back to 0 by it.
   std::uint32_t* nonfinite = nullptr;
+  /// True: every gradient is the mean of its contributions, which all parameters must have; there
+  /// is no clipping then. False: AdamWParam::gradient.
+  bool from_contributions = false;
 };
 
 /// A state of one parameter (this rank's shard), in device memory.
@@ -93,7 +109,8 @@ class AdamW {
 
   /// One read of this rank's gradients: sums of squares of its segments into segment_sums(), for
   /// clipping; the amax of gradients whose amax is not known; 1 into `nonfinite`, when given, if a
-  /// value is not finite. Needed before step() if that clips or an amax is not known.
+  /// value is not finite. Needed before step() if that clips or an amax is not known. Throws
+  /// octet::Error when a parameter has contributions and no gradient.
   void measure(std::uint32_t* nonfinite = nullptr);
   /// [total_segments()] in device memory; a sharded caller fills in the other ranks' sums before
   /// step(), each at its segment's index.
@@ -103,7 +120,8 @@ class AdamW {
 
   /// One step. With max_norm set, segment_sums() must hold all segments' sums. Throws octet::Error
   /// when measure() has not been called since the last step although max_norm is set or an amax is
-  /// not known.
+  /// not known, for from_contributions with max_norm, and when a parameter lacks the gradient or
+  /// the contributions that the step is to read.
   void step(const AdamWStep& step);
 
   /// Step count, norm, clip factor and decision as of the last step, in device memory.
@@ -119,9 +137,10 @@ class AdamW {
   /// Scale of the compute weight of parameter i, in device memory, as of the last step. Where its
   /// blocks have scales this one is 1 and has the amax.
   TensorScale* weight_scale(int i) const;
-  /// The compute weight of parameter i with the scales of its blocks, which the optimizer owns, as
-  /// of the last step: what block_quantize() makes of the decoded master. A step writes what
-  /// belongs to this rank's pieces. Throws octet::Error for weights without scales of blocks.
+  /// The compute weight of parameter i with the scales of its blocks, which the optimizer owns
+  /// unless AdamWParam::weight_blocks says otherwise, as of the last step: what block_quantize()
+  /// makes of the decoded master. A step writes what belongs to this rank's pieces. Throws
+  /// octet::Error for weights without scales of blocks.
   BlockScaledView block_weight(int i) const;
   /// The transposed copy [columns, rows] of it, with the scales transposed. Throws octet::Error for
   /// formats other than e4m3_tile_and_transpose.
@@ -142,7 +161,8 @@ class AdamW {
   std::size_t table_bytes() const {
     return tensors_.bytes() + segment_table_.bytes() + scalars_.bytes() + steps_.bytes() +
            scratch_.bytes() + groups_.bytes() + group_scalars_.bytes() + sums_.bytes() +
-           gradient_scales_.bytes();
+           gradient_scales_.bytes() + exchanges_.bytes() + rank_gradients_.bytes() +
+           weight_copies_.bytes();
   }
 
   /// States of parameter i (this rank's shard). The master of an f32 weight is the whole weight.
@@ -161,6 +181,8 @@ class AdamW {
   std::size_t grow_weight_blocks(const AdamWParam& param);
   std::int32_t group_index(const AdamwHyper& hyper);
   AdamwTensor make_tensor(int i, std::uint64_t random_base);
+  void make_exchanges();
+  void require_gradients(const char* call) const;
   AdamwArgs args(const AdamWStep& step) const;
 
   Context ctx_;
@@ -173,11 +195,15 @@ class AdamW {
   std::vector<AdamwTensor> tensors_host_;
   std::vector<Segment> segments_;
   std::int64_t total_segments_ = 0;
+  /// The first parameter that lacks what a step may read; -1: none does.
+  int without_gradient_ = -1, without_contributions_ = -1;
   bool must_measure_ = false;  ///< some amax is not known before measure()
   bool measured_ = false;
   Buffer tensors_, segment_table_, scalars_, steps_, scratch_, groups_, group_scalars_, scales_,
       sums_;
-  Buffer gradient_scales_;  ///< of gradients that came without one
+  Buffer gradient_scales_;                     ///< of gradients that came without one
+  std::vector<AdamwExchange> exchanges_host_;  ///< empty where no parameter has one
+  Buffer exchanges_, rank_gradients_, weight_copies_;
 };
 
 }  // namespace octet

@@ -37,6 +37,13 @@ class Context {
   /// Waits until everything enqueued so far is done; throws what an earlier kernel failed with.
   void synchronize() const;
 
+  /// Says that kernels of other streams, collectives say, run beside this context's work. Casts
+  /// with current scaling then read their input twice: the launch that reads it once is a
+  /// cooperative one, which would wait until those kernels leave the whole device. Same bits.
+  /// Nothing on a CPU.
+  void set_shares_device(bool shares);
+  bool shares_device() const;
+
   /// Grows the workspace to at least `bytes`; for set-up, not for the hot path, and before a CUDA
   /// graph is captured, because growing moves it. Throws while a
   /// WorkspaceScope is open.

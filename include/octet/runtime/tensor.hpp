@@ -47,6 +47,12 @@ class Tensor {
   Tensor() = default;
   /// Uninitialised memory on the context's device.
   Tensor(const Context& ctx, DType dtype, Shape shape);
+  /// Over memory of the caller's, which must stay valid; bytes() is 0.
+  static Tensor over(const TensorView& memory) {
+    Tensor tensor;
+    tensor.view_ = memory;
+    return tensor;
+  }
 
   const TensorView& view() const { return view_; }
   operator const TensorView&() const { return view_; }

@@ -255,17 +255,23 @@ OCTET_HD inline float gradient_at(const AdamwTensor& tensor, float gradient_inv,
   return load_element(tensor.gradient, tensor.gradient_dtype, at) * gradient_inv;
 }
 
-OCTET_HD inline AdamwInput load_input(const AdamwTensor& tensor, const AdamwOffsets& at,
-                                      std::int64_t i) {
-  const StateFormats& f = tensor.formats;
+/// Element i of the stored gradient, counted from the segment's first, before any scale.
+OCTET_HD inline float load_gradient(const AdamwTensor& tensor, const AdamwOffsets& at,
+                                    std::int64_t i) {
   const DType g = tensor.gradient_dtype;
+  return decode_gradient(g, load_code(tensor.gradient, size_of(g), at.gradient + i));
+}
+
+/// The states of element i beside its gradient.
+OCTET_HD inline AdamwInput load_input(const AdamwTensor& tensor, const AdamwOffsets& at,
+                                      std::int64_t i, float gradient) {
+  const StateFormats& f = tensor.formats;
   std::uint32_t master = load_code(tensor.master, size_of(f.master), at.master + i);
   if (f.master == StateFormat::split) {
     master = join_split(static_cast<const std::uint8_t*>(tensor.weight)[at.weight + i],
                         static_cast<std::uint8_t>(master));
   }
-  return {decode_gradient(g, load_code(tensor.gradient, size_of(g), at.gradient + i)),
-          decode_state(f.master, master),
+  return {gradient, decode_state(f.master, master),
           decode_state(f.m, load_code(tensor.m, size_of(f.m), at.state + i)),
           decode_state(f.v, load_code(tensor.v, size_of(f.v), at.state + i))};
 }

@@ -15,23 +15,40 @@ namespace octet::detail {
 template <DType D>
 using MeanSum = std::conditional_t<D == DType::f32, double, float>;
 
-/// What one rank's code adds to the sum.
+/// What one rank's code adds to the sum, from its decoded value.
 template <DType D>
-OCTET_HD inline MeanSum<D> mean_term(typename Element<D>::Storage code, float scale_inv) {
+OCTET_HD inline MeanSum<D> mean_term_of(float decoded, float scale_inv) {
   if constexpr (is_fp8(D)) {
-    return Element<D>::decode(code) * scale_inv;
+    return decoded * scale_inv;
   } else {
-    return static_cast<MeanSum<D>>(Element<D>::decode(code));
+    return static_cast<MeanSum<D>>(decoded);
   }
 }
+template <DType D>
+OCTET_HD inline MeanSum<D> mean_term(typename Element<D>::Storage code, float scale_inv) {
+  return mean_term_of<D>(Element<D>::decode(code), scale_inv);
+}
 
-/// The sum divided by the number of ranks, IEEE. One bit pattern for NaN, because processors differ
-/// in the one that arithmetic gives.
+/// A sum of nothing: any first term added to it is that term, zeros with their signs.
 template <class Sum>
-OCTET_HD inline float mean_of(Sum sum, int ranks) {
-  const float mean = static_cast<float>(sum / static_cast<Sum>(ranks));
+inline constexpr Sum kEmptySum = static_cast<Sum>(-0.0);
+
+/// One bit pattern for NaN, because processors differ in the one that arithmetic gives.
+OCTET_HD inline float with_one_nan(float mean) {
   return magnitude_bits(mean) > 0x7F800000u ? bits_float(0x7FC00000u) : mean;
 }
+/// The sum divided by the number of ranks, IEEE.
+template <class Sum>
+OCTET_HD inline float mean_of(Sum sum, int ranks) {
+  return with_one_nan(static_cast<float>(sum / static_cast<Sum>(ranks)));
+}
+/// The same for a number of ranks whose inverse is exact.
+template <class Sum>
+OCTET_HD inline float mean_by_product(Sum sum, Sum inverse) {
+  return with_one_nan(static_cast<float>(sum * inverse));
+}
+/// Whether 1 / ranks is exact.
+OCTET_HD inline bool has_exact_inverse(int ranks) { return (ranks & (ranks - 1)) == 0; }
 
 template <class Sum, class ScaleOf>
 OCTET_HD inline float mean_bound_in(DType dtype, int ranks, const ScaleOf& scale_of) {

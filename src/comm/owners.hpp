@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "octet/comm/collectives.hpp"
+
+namespace octet {
+
+/// Neighbouring pieces of one owner made one, empty ones left out: a transport pays for every part.
+inline Owners merged(const Owners& owners) {
+  Owners runs(owners.size());
+  for (std::size_t r = 0; r < owners.size(); ++r) {
+    for (const Piece& piece : owners[r]) {
+      if (piece.count == 0) continue;
+      const bool follows = !runs[r].empty() && runs[r].back().tensor == piece.tensor &&
+                           runs[r].back().begin + runs[r].back().count == piece.begin;
+      if (follows) {
+        runs[r].back().count += piece.count;
+      } else {
+        runs[r].push_back(piece);
+      }
+    }
+  }
+  return runs;
+}
+
+}  // namespace octet
