@@ -93,10 +93,10 @@ BlockMeanReducer::BlockMeanReducer(Communicator& comm, Path path,
       gather_(comm, codes_of(tensors, comm.context().device()), owners) {
   const Context& ctx = comm.context();
   const auto rank = at(comm.rank());
-  check_rows(tensors, owners);
-  check_shards(tensors, path, owners[rank], ctx.device());
   require(path != Path::contributions,
           "BlockMeanReducer: the path is contributions; it must be two_shot or sharded");
+  check_rows(tensors, owners);
+  check_shards(tensors, path, owners[rank], ctx.device());
   require(scales != nullptr || tensors.empty(), "BlockMeanReducer: scales is null for ",
           tensors.size(), " tensors");
   if (tensors.empty()) return;
