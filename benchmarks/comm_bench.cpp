@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times of FP8 collectives over several GPUs of one host against NCCL's BF16 all-reduce of as many
-// elements, in turn within every round. A thread per GPU.
+// elements, and of a whole sharded step against one in BF16 and FP32, in turn within every round. A
+// thread per GPU.
 #include <barrier>
 #include <exception>
 #include <mutex>
 #include <thread>
 
 #include "comm_model.hpp"
+#include "comm_step.hpp"
 #include "command_line.hpp"
 #include "cuda_report.hpp"
 #include "octet/comm/nccl.hpp"
@@ -20,10 +22,11 @@ struct Options {
   int ranks = 0;
   std::vector<std::int64_t> elements = {256 * kMi, 16 * kMi, kMi};
   int repeats = 15;
+  int layers = 24;
   std::string json;
 };
 
-/// How much faster than NCCL's BF16 all-reduce a case is to be at a size.
+/// How many times as fast as the rival a case is to be at a size; 0: any.
 struct Target {
   const char* name;
   std::int64_t elements;
@@ -36,11 +39,13 @@ constexpr Target kTargets[] = {
     {"cast with current scaling, then two_shot in one kernel", 256 * kMi, 1.35},
     {"cast with a given scale, then two_shot in one kernel", 256 * kMi, 1.55},
     {"two_shot over send/receive", 256 * kMi, 1.4},
+    {"octet O3 over windows, fused", 0, 3.0},
 };
 
-/// Times of one size: [case][round], milliseconds of the slowest rank.
+/// Times of one size: [case][round], milliseconds of the slowest rank. The first case is the rival.
 struct SizeTimes {
   std::int64_t elements = 0;
+  std::string rival = "NCCL's BF16 all-reduce";
   std::vector<std::string> names;
   std::vector<std::uint64_t> payload;
   std::vector<std::vector<double>> ms;
@@ -51,7 +56,10 @@ struct SizeTimes {
 class Bench {
  public:
   Bench(const Options& options, int ranks)
-      : options_(options), ranks_(ranks), together_(ranks), times_(options.elements.size()) {
+      : options_(options),
+        ranks_(ranks),
+        together_(ranks),
+        times_(options.elements.size() + (options.layers > 0 ? 1 : 0)) {
     std::vector<int> devices(static_cast<std::size_t>(ranks));
     for (int r = 0; r < ranks; ++r) devices[static_cast<std::size_t>(r)] = r;
     comms_.resize(devices.size());
@@ -84,14 +92,21 @@ class Bench {
     const octet::Context ctx = octet::Context::cuda(rank, stream);
     const ncclComm_t nccl = comms_[static_cast<std::size_t>(rank)];
     const auto comm = octet::adopt_nccl(nccl, ctx);
-    for (std::size_t i = 0; i < times_.size(); ++i) {
-      const CommModel model({ctx, nccl, *comm}, options_.elements[i]);
+    const CommRank self{ctx, nccl, *comm};
+    for (std::size_t i = 0; i < options_.elements.size(); ++i) {
+      const CommModel model(self, options_.elements[i]);
       measure_size(rank, ctx, model, times_[i], options_.elements[i]);
       model.verify();
     }
+    if (options_.layers == 0) return;
+    const StepModel model(self, options_.layers);
+    measure_size(rank, ctx, model, times_.back(), model.parameters());
+    if (rank == 0) times_.back().rival = "BF16 with FP32 AdamW";
+    model.verify();
   }
 
-  void measure_size(int rank, const octet::Context& ctx, const CommModel& model, SizeTimes& times,
+  template <class Model>
+  void measure_size(int rank, const octet::Context& ctx, const Model& model, SizeTimes& times,
                     std::int64_t elements) {
     const auto& cases = model.cases();
     if (rank == 0) {
@@ -137,7 +152,7 @@ std::vector<Result> results_of(const std::vector<SizeTimes>& all) {
                                     ? std::to_string(size.elements / kMi) + " Mi"
                                     : std::to_string(size.elements);
       Result r{.name = count + ", " + size.names[c],
-               .metric = "times as fast as NCCL's BF16 all-reduce",
+               .metric = "times as fast as " + size.rival,
                .unit = "1",
                .value = rival / timing.median_ms,
                .target = {},
@@ -145,7 +160,8 @@ std::vector<Result> results_of(const std::vector<SizeTimes>& all) {
                .spread = timing.spread};
       if (size.payload[c] != 0) r.bytes = size.payload[c];
       for (const Target& target : kTargets) {
-        if (size.names[c] == target.name && size.elements == target.elements) {
+        const bool fits = target.elements == 0 || target.elements == size.elements;
+        if (size.names[c] == target.name && fits) {
           r.target = target.speedup;
         }
       }
@@ -156,6 +172,8 @@ std::vector<Result> results_of(const std::vector<SizeTimes>& all) {
 }
 
 int run(const Options& options) {
+  octet::require(options.layers >= 0 && options.layers <= 24, "--layers ", options.layers,
+                 ": must be from 0 to 24");
   octet::require(options.repeats >= 1, "--repeats ", options.repeats, ": must be at least 1");
   for (std::int64_t n : options.elements) {
     octet::require(n >= 1, "--elements ", n, ": must be at least 1");
@@ -195,6 +213,9 @@ int main(int argc, char** argv) {
   app.add_option("--ranks", options.ranks, "GPUs to use (default: all)");
   app.add_option("--elements", options.elements, "Gradient elements; repeatable")
       ->allow_extra_args(false);
+  app.add_option("--layers", options.layers,
+                 "Layers of the GPT whose whole step is timed (default: 24, 1.31 billion "
+                 "parameters; 0: none)");
   app.add_option("--repeats", options.repeats, "Timed rounds (default: 15)");
   app.add_option("--json", options.json, "Write the results to this file");
   return bench::parse_and_run(app, argc, argv, [&] { return bench::run(options); });

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "comm/join_parts.hpp"
 #include "comm/owners.hpp"
 
 namespace octet {
@@ -339,6 +340,8 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
   if (path_ == Path::two_shot) {
     plan_gather(gradients_of(tensors), owners, args_.rank, gather_sends_, gather_recvs_);
   }
+  join_parts(comm_, sends_, recvs_);
+  join_parts(comm_, gather_sends_, gather_recvs_);
 }
 
 // The scales of the means, and whether those are what the tensors' scales become.
@@ -416,6 +419,7 @@ PieceGather::PieceGather(Communicator& comm, const std::vector<TensorView>& tens
   }
   check_owners("PieceGather", owners, comm.size(), numels_of(tensors));
   plan_gather(tensors, merged(owners), comm.rank(), sends_, recvs_);
+  join_parts(comm, sends_, recvs_);
   if (traffic_ == Traffic::payload) payload_ = total_bytes(sends_);
 }
 

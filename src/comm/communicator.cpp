@@ -243,6 +243,7 @@ std::unique_ptr<Communicator> make_single(const Context& ctx) {
 }
 
 std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text) {
+  const CollectiveScope scope(comm, {"set-up"});
   const Context& ctx = comm.context();
   const auto ranks = static_cast<std::size_t>(comm.size());
 

@@ -10,6 +10,9 @@
 namespace octet {
 namespace {
 
+// The products of the backward pass want the multiprocessors.
+constexpr int kBlocksBesideBackward = 32;
+
 std::size_t padded(std::size_t bytes) { return WorkspaceScope::padded(bytes); }
 
 }  // namespace
@@ -43,6 +46,7 @@ void Engine::Impl::make_window() {
           "EngineConfig::windows is true, but there can be none: ", window_refusal);
   if (offer.window == nullptr) return;
   window = std::move(offer.window);
+  if (schedule() == Schedule::overlap) window->limit_blocks(kBlocksBesideBackward);
   // The content is counted as what it is.
   plan.count("communication", true, false, window->memory_bytes() - content,
              memory_in_use() - before - content);

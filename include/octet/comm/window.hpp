@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -61,6 +62,9 @@ class Window {
   }
   /// For kernels.
   const PeerMemory& peers() const { return peers_; }
+  /// Fewer blocks for the kernels of reducers that are made afterwards, so that they leave most of
+  /// the device to what runs beside them. The same number on every rank.
+  void limit_blocks(int blocks) { peers_.blocks = std::min(peers_.blocks, blocks); }
   const std::shared_ptr<PeerWords>& words() const { return words_; }
 
  private:
