@@ -77,15 +77,10 @@ Marks::Reading Marks::read() {
   reading.begun = begun & kCountMask;
   reading.ended = load(words_->ended);
   reading.captured = (begun & kCaptured) != 0;
-  reading.waiting_for = load(words_->waiting_for);
   const std::uint64_t index = (begun & ~kCaptured) >> kCountBits;
   const std::lock_guard lock(names_mutex_);
   if (reading.begun > 0 && index < names_.size()) reading.name = names_[index];
   return reading;
-}
-
-void Marks::raise_abort() {
-  std::atomic_ref<std::uint32_t>(words_->abort).store(1, std::memory_order_release);
 }
 
 }  // namespace octet::detail::cuda

@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/check.hpp"
-#include "cuda/comm/marks.cuh"
+#include "cuda/comm/marks.hpp"
 
 namespace octet::detail::cuda {
 namespace {
 
-__global__ void begin_mark_kernel(DeviceMarks marks, std::uint64_t tag) { mark_begin(marks, tag); }
+__device__ void store_system(std::uint64_t* word, std::uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
 
-__global__ void end_mark_kernel(DeviceMarks marks) { mark_end(marks); }
+__global__ void begin_mark_kernel(DeviceMarks marks, std::uint64_t tag) {
+  store_system(&marks.words->begun, tag | ++marks.counts->begun);
+}
+
+__global__ void end_mark_kernel(DeviceMarks marks) {
+  store_system(&marks.words->ended, ++marks.counts->ended);
+}
 
 }  // namespace
 

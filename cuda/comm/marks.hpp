@@ -11,7 +11,7 @@
 
 namespace octet::detail::cuda {
 
-/// In mapped host memory. The device writes the first two and the last, the host `abort`.
+/// In mapped host memory, written by the device.
 struct MarkWords {
   std::uint64_t begun = 0;  ///< count of the last collective begun, with its tag above
   std::uint64_t ended = 0;  ///< count of those ended
@@ -43,7 +43,6 @@ class Marks {
     std::uint64_t ended = 0;
     CollectiveName name;  ///< of the last one begun
     bool captured = false;
-    int waiting_for = -1;
   };
 
   explicit Marks(const Context& ctx);
@@ -57,7 +56,6 @@ class Marks {
   DeviceMarks device() const { return device_; }
   /// From any thread.
   Reading read();
-  void raise_abort();
   /// For a device that does not come to an end.
   void leak() { leaked_ = true; }
 

@@ -218,15 +218,12 @@ void NcclRank::do_synchronize() {
 void NcclRank::give_up(const Watched& collective, const std::string& reason,
                        std::vector<int> ranks) {
   set_failure(error(collective, reason, std::move(ranks)));
-  marks_.raise_abort();
   link_->abort();
 }
 
-void NcclRank::give_up_on_others(const Watched& collective, const std::string& reason,
-                                 int waiting_for) {
+void NcclRank::give_up_on_others(const Watched& collective, const std::string& reason) {
   std::vector<int> ranks;
   if (size_ == 2) ranks = {1 - rank_};
-  if (waiting_for >= 0 && waiting_for < size_) ranks = {waiting_for};
   const std::string who = ranks.empty() ? "one of the other ranks" : to_string_of_ranks(ranks);
   give_up(collective, reason + "; " + who + " is dead, late or asks for something else", ranks);
 }
@@ -246,10 +243,8 @@ bool NcclRank::look() {
   const Marks::Reading reading = marks_.read();
   const Watched last{reading.name, reading.begun};
   if (device_clock_.stalled(reading.begun, reading.ended, now)) {
-    give_up_on_others(last,
-                      std::string(reading.captured ? "in a captured graph: " : "") +
-                          "no end within " + in_ms(deadline()) + " on the device",
-                      reading.waiting_for);
+    give_up_on_others(last, std::string(reading.captured ? "in a captured graph: " : "") +
+                                "no end within " + in_ms(deadline()) + " on the device");
     return false;
   }
   // The communicator of somebody else is aborted only for a collective of ours.

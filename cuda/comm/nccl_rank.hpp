@@ -17,11 +17,10 @@ namespace octet::detail::cuda {
 
 /// A collective that NCCL carries is between two marks on the stream. The watchdog gives up when
 /// one has begun and not ended for the deadline, when the host has been in NCCL for as long, or
-/// when NCCL reports an error: it keeps the error for check(), raises the abort word for kernels of
-/// ours and aborts NCCL's communicator, whose kernels then leave the stream.
+/// when NCCL reports an error: it keeps the error for check(), which also ends kernels that wait in
+/// a window, and aborts NCCL's communicator, whose kernels then leave the stream.
 ///
-/// A kernel over a window takes no marks around it: it gives up by itself at the deadline, or when
-/// the window's words say so, as they do once the watchdog has given up.
+/// A kernel over a window takes no marks around it: it gives up by itself at the deadline.
 class NcclRank final : public Communicator {
  public:
   NcclRank(std::unique_ptr<NcclLink> link, bool owned, int rank, int size, const Context& ctx,
@@ -66,8 +65,7 @@ class NcclRank final : public Communicator {
   bool look();
   bool look_at_host(NcclLink::Clock::time_point now);
   void give_up(const Watched& collective, const std::string& reason, std::vector<int> ranks);
-  void give_up_on_others(const Watched& collective, const std::string& reason,
-                         int waiting_for = -1);
+  void give_up_on_others(const Watched& collective, const std::string& reason);
   void give_up_after(ncclResult_t status, const Watched& collective);
   bool drain() noexcept;
 
