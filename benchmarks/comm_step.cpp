@@ -52,7 +52,7 @@ void require_applied(const octet::Context& ctx, const Optimizer& optimizer, cons
 /// One flat tensor; a rank updates its part of 1/N.
 struct StepModel::Rival {
   std::int64_t part = 0;
-  octet::Buffer gradients, mean, weights;
+  octet::Buffer gradients, mean, weights, scale;
   std::unique_ptr<Optimizer> optimizer;
 };
 
@@ -92,7 +92,11 @@ void StepModel::add_rival() {
   auto* own = r.weights.as<std::uint16_t>() + r.part * rank_.comm.rank();
   const octet::StateFormats fp32{.weight = octet::WeightFormat::bf16};
   octet::AdamWParam param{.name = "part", .shape = part, .formats = fp32};
+  // States in FP32 need no bound of the gradient; this one spares the rival a pass that finds it.
+  const TensorScale bound{.amax = 1e6f};
+  r.scale = upload_sync<TensorScale>(ctx, std::span(&bound, 1));
   param.gradient = {r.mean.data(), DType::bf16, part, ctx.device()};
+  param.gradient_scale = r.scale.as<TensorScale>();
   param.weight = {own, DType::bf16, part, ctx.device()};
   r.optimizer = std::make_unique<Optimizer>(ctx, std::vector<octet::AdamWParam>{param});
   r.optimizer->adamw->initialise(0, {r.gradients.data(), DType::bf16, part, ctx.device()});
