@@ -4,6 +4,7 @@
 
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/communicator.hpp"
+#include "octet/comm/mpi.hpp"
 #include "octet/comm/nccl.hpp"
 #include "octet/core/block_scales.hpp"
 #include "octet/core/dtype.hpp"

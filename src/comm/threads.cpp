@@ -9,17 +9,15 @@
 #include <mutex>
 #include <optional>
 
+#include "comm/wording.hpp"
 #include "octet/comm/communicator.hpp"
 #include "octet/runtime/tensor.hpp"
 
 namespace octet {
 namespace {
 
-enum class Collective { exchange, all_gather };
-
-const char* name_of(Collective kind) {
-  return kind == Collective::exchange ? "exchange" : "all_gather";
-}
+using detail::Collective;
+using detail::joined_ranks;
 
 // What one rank brings to the collective in progress; written before the first meeting, read by the
 // others until the last.
@@ -92,17 +90,6 @@ struct ThreadGroup::State {
   void meet_again(int& outstanding);
 };
 
-namespace {
-
-std::string joined_ranks(const std::vector<int>& ranks) {
-  std::ostringstream text;
-  text << (ranks.size() == 1 ? "rank " : "ranks ");
-  for (std::size_t i = 0; i < ranks.size(); ++i) text << (i == 0 ? "" : ", ") << ranks[i];
-  return text.str();
-}
-
-}  // namespace
-
 // "rank 2 of 4 did not come to exchange 7 within 50 ms".
 std::string ThreadGroup::State::absent(const char* what) const {
   std::vector<int> missing, left;
@@ -130,43 +117,28 @@ bool ThreadGroup::State::somebody_left() const {
 
 std::string ThreadGroup::State::exchange_mismatch(int from, int to) const {
   std::size_t send_cursor = 0;
-  std::ostringstream text;
   std::size_t k = 0;
   for (const RecvPart& recv : offer(to).recvs) {
     if (recv.peer != from) continue;
     const SendPart* send = next_send(offer(from), to, send_cursor);
-    if (send == nullptr) {
-      text << "exchange: rank " << to << " receives more parts from rank " << from << " than the "
-           << k << " that rank " << from << " sends to it";
-      return text.str();
-    }
+    if (send == nullptr) return detail::too_many_receives(from, to, k);
     if (send->bytes != recv.bytes) {
-      text << "exchange: part " << k << " from rank " << from << " to rank " << to << " is "
-           << send->bytes << " bytes on rank " << from << " but " << recv.bytes << " on rank "
-           << to;
-      return text.str();
+      return detail::different_lengths(from, to, k, send->bytes, recv.bytes);
     }
     ++k;
   }
   if (next_send(offer(from), to, send_cursor) == nullptr) return {};
-  text << "exchange: rank " << from << " sends more parts to rank " << to << " than the " << k
-       << " that rank " << to << " receives from it";
-  return text.str();
+  return detail::too_many_sends(from, to, k);
 }
 
 // Empty when all offers fit together.
 std::string ThreadGroup::State::mismatch() const {
-  std::ostringstream text;
   for (int r = 1; r < size(); ++r) {
     if (offer(r).kind != offer(0).kind) {
-      text << "rank 0 called " << name_of(offer(0).kind) << " while rank " << r << " called "
-           << name_of(offer(r).kind);
-      return text.str();
+      return detail::different_collectives(0, offer(0).kind, r, offer(r).kind);
     }
     if (offer(r).bytes != offer(0).bytes) {
-      text << "all_gather: rank 0 contributes " << offer(0).bytes << " bytes but rank " << r << " "
-           << offer(r).bytes;
-      return text.str();
+      return detail::different_contributions(0, offer(0).bytes, r, offer(r).bytes);
     }
   }
   if (offer(0).kind == Collective::all_gather) return {};
@@ -208,7 +180,7 @@ void ThreadGroup::State::meet(int rank, const Offer& offer) {
   if (meetings != meeting)
     return;  // complete: even if aborted since, the others count on this rank
   throw_if_aborted();
-  if (!in_time || somebody_left()) abort_and_throw(absent(name_of(offer.kind)));
+  if (!in_time || somebody_left()) abort_and_throw(absent(detail::name_of(offer.kind)));
 }
 
 // The later meetings. They cannot hang, because between meetings nobody waits for another. No rank

@@ -19,21 +19,6 @@ constexpr DType kDTypes[] = {DType::e4m3, DType::bf16, DType::f32};
 std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 const char* name_of(Path path) { return path == Path::sharded ? "sharded" : "two_shot"; }
 
-// Odd sizes, an empty tensor; the ranks' magnitudes differ.
-MeanCase random_case(DType dtype, int ranks, const std::vector<std::size_t>& counts) {
-  MeanCase bucket;
-  bucket.dtype = dtype;
-  for (int r = 0; r < ranks; ++r) {
-    std::vector<Contribution> own;
-    for (std::size_t t = 0; t < counts.size(); ++t) {
-      const auto seed = static_cast<std::uint32_t>(100 * r + static_cast<int>(t));
-      own.push_back(contribute(dtype, wide_values(counts[t], seed, -12 - r, 2 * r)));
-    }
-    bucket.gradients.push_back(own);
-  }
-  return bucket;
-}
-
 std::vector<MeanResult> reduce(const MeanCase& bucket, Path path, DeviceType device, int runs = 1) {
   std::vector<MeanResult> results(at(bucket.ranks()));
   run_ranks(
@@ -44,19 +29,6 @@ std::vector<MeanResult> reduce(const MeanCase& bucket, Path path, DeviceType dev
       device);
   return results;
 }
-
-// Four ways to cut: fine and unaligned, coarse, in runs, and everything on one rank.
-std::vector<Owners> cuts_of(const MeanCase& bucket) {
-  const int n = bucket.ranks();
-  int chunks = 0;
-  deal(bucket, 2000, [&](int) { return ++chunks, 0; });
-  return {deal(bucket, 37, [n](int k) { return (k * 7 + 1) % n; }),
-          deal(bucket, 5000, [n](int k) { return k % n; }),
-          deal(bucket, 2000, [&](int k) { return k * n / chunks; }),
-          deal(bucket, 128, [n](int) { return n - 1; })};
-}
-
-const std::vector<std::size_t> kOddSizes = {1, 2, 3, 0, 127, 129, 16384 + 1};
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 #include "support/compare.hpp"
 #include "support/guarded.hpp"
 #include "support/mean_reference.hpp"
+#include "support/random.hpp"
 
 namespace octet::test {
 
@@ -157,5 +158,34 @@ inline std::uint64_t owned_bytes(const MeanCase& bucket, int rank) {
   }
   return bytes;
 }
+
+/// Values of wide range; the ranks' magnitudes differ.
+inline MeanCase random_case(DType dtype, int ranks, const std::vector<std::size_t>& counts) {
+  MeanCase bucket;
+  bucket.dtype = dtype;
+  for (int r = 0; r < ranks; ++r) {
+    std::vector<Contribution> own;
+    for (std::size_t t = 0; t < counts.size(); ++t) {
+      const auto seed = static_cast<std::uint32_t>(100 * r + static_cast<int>(t));
+      own.push_back(contribute(dtype, wide_values(counts[t], seed, -12 - r, 2 * r)));
+    }
+    bucket.gradients.push_back(own);
+  }
+  return bucket;
+}
+
+/// Four ways to cut: fine and unaligned, coarse, in runs, and everything on one rank.
+inline std::vector<Owners> cuts_of(const MeanCase& bucket) {
+  const int n = bucket.ranks();
+  int chunks = 0;
+  deal(bucket, 2000, [&](int) { return ++chunks, 0; });
+  return {deal(bucket, 37, [n](int k) { return (k * 7 + 1) % n; }),
+          deal(bucket, 5000, [n](int k) { return k % n; }),
+          deal(bucket, 2000, [&](int k) { return k * n / chunks; }),
+          deal(bucket, 128, [n](int) { return n - 1; })};
+}
+
+/// Odd sizes, an empty tensor.
+inline const std::vector<std::size_t> kOddSizes = {1, 2, 3, 0, 127, 129, 16384 + 1};
 
 }  // namespace octet::test

@@ -35,8 +35,8 @@ struct WireBytes {
 
 /// The ranks of a data-parallel group, each bound to one Context. Collectives are enqueued on that
 /// context's stream, in the same order on every rank; the memory is the context's device memory.
-/// FP8 travels as bytes. Errors: CommError when the transport fails; thread ranks also notice a
-/// rank that is missing or late and parts that do not match.
+/// FP8 travels as bytes. Errors: CommError when the transport fails; ranks in threads and under MPI
+/// also notice a rank that is missing or late and parts that do not match.
 class Communicator {
  public:
   explicit Communicator(const Context& ctx) : ctx_(ctx) {}
@@ -46,7 +46,7 @@ class Communicator {
 
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  /// What carries the bytes: "single", "threads", "nccl".
+  /// What carries the bytes: "single", "threads", "mpi", "nccl".
   virtual std::string name() const = 0;
   const Context& context() const { return ctx_; }
 

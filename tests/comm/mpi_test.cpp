@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: Apache-2.0
+// Run by mpiexec with 1, 2, 3 and 5 ranks, all of which run every case. How ranks die is in
+// mpi_failure_test.
+#define CATCH_CONFIG_RUNNER
+#include "octet/comm/mpi.hpp"
+
+#include <mpi.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "support/catch.hpp"
+#include "support/errors.hpp"
+#include "support/mean_ranks.hpp"
+#include "support/ranks.hpp"
+
+namespace octet::test {
+namespace {
+
+using namespace std::chrono_literals;
+using Clock = std::chrono::steady_clock;
+using Bytes = std::vector<std::uint8_t>;
+
+std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
+
+int world_size() {
+  int size = 0;
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  return size;
+}
+
+std::unique_ptr<Communicator> adopt(const MpiOptions& options = {.deadline = 30s}) {
+  return adopt_mpi(MPI_COMM_WORLD, Context::cpu(), options);
+}
+
+/// What part k from one rank to another holds.
+Bytes pattern(std::size_t bytes, int from, int to, std::size_t k) {
+  Bytes values(bytes);
+  std::uint32_t state =
+      static_cast<std::uint32_t>(1 + from + 17 * to) * 2654435761u + static_cast<std::uint32_t>(k);
+  for (auto& value : values) value = static_cast<std::uint8_t>((state = state * 69069u + 1) >> 24);
+  return values;
+}
+
+/// Exchanges parts of these sizes between all ranks; empty, or which part came wrongly.
+std::string exchange_all(Communicator& comm, const std::vector<std::size_t>& sizes) {
+  std::vector<Bytes> sent, received;
+  std::vector<SendPart> sends;
+  std::vector<RecvPart> recvs;
+  for (int peer = 0; peer < comm.size(); ++peer) {
+    if (peer == comm.rank()) continue;
+    for (std::size_t k = 0; k < sizes.size(); ++k) {
+      sent.push_back(pattern(sizes[k], comm.rank(), peer, k));
+      received.emplace_back(sizes[k]);
+      sends.push_back({sent.back().data(), sizes[k], peer});
+      recvs.push_back({received.back().data(), sizes[k], peer});
+    }
+  }
+  comm.exchange(sends, recvs);
+  for (std::size_t i = 0; i < received.size(); ++i) {
+    const std::size_t k = i % sizes.size();
+    if (received[i] != pattern(sizes[k], recvs[i].peer, comm.rank(), k)) {
+      return "part " + std::to_string(k) + " from rank " + std::to_string(recvs[i].peer);
+    }
+  }
+  return {};
+}
+
+/// The error of a collective in which this rank sends and receives single parts of these sizes
+/// between itself and rank `peer`; no parts without a peer.
+std::string exchange_error(Communicator& comm, int peer, std::vector<std::size_t> sends,
+                           std::vector<std::size_t> recvs) {
+  Bytes memory(1000);
+  std::vector<SendPart> send_parts;
+  std::vector<RecvPart> recv_parts;
+  for (std::size_t bytes : sends) send_parts.push_back({memory.data(), bytes, peer});
+  for (std::size_t bytes : recvs) recv_parts.push_back({memory.data() + 500, bytes, peer});
+  return error_of([&] { comm.exchange(send_parts, recv_parts); });
+}
+
+}  // namespace
+
+TEST_CASE("parts of every size come whole and in order") {
+  CHECK(has_mpi());
+  for (std::size_t message_bytes : {std::size_t{1} << 30, std::size_t{1000}}) {
+    const auto comm = adopt({.deadline = 60s, .message_bytes = message_bytes});
+    CHECK(comm->name() == "mpi");
+    CHECK(comm->size() == world_size());
+    const std::vector<std::size_t> sizes = {1, 0, 3, 999, 1000, 1001, 65537, 1048577};
+    for (int round = 0; round < 3; ++round) CHECK(exchange_all(*comm, sizes) == "");
+    CHECK(exchange_all(*comm, {}) == "");
+  }
+}
+
+TEST_CASE("all_gather puts the blocks in rank order, also in place") {
+  const auto comm = adopt();
+  const int n = comm->size();
+  for (std::size_t bytes : {std::size_t{1}, std::size_t{7}, std::size_t{100003}}) {
+    const Bytes own = pattern(bytes, comm->rank(), 0, 0);
+    Bytes expected;
+    for (int r = 0; r < n; ++r) {
+      const Bytes block = pattern(bytes, r, 0, 0);
+      expected.insert(expected.end(), block.begin(), block.end());
+    }
+    Bytes all(at(n) * bytes), in_place(at(n) * bytes);
+    comm->all_gather(own.data(), all.data(), bytes);
+    CHECK(all == expected);
+    std::uint8_t* const block = in_place.data() + at(comm->rank()) * bytes;
+    std::copy(own.begin(), own.end(), block);
+    comm->all_gather(block, in_place.data(), bytes);
+    CHECK(in_place == expected);
+  }
+  comm->all_gather(nullptr, nullptr, 0);
+  const auto texts = all_gather_text_sync(*comm, std::string(at(comm->rank()), 'x'));
+  for (int r = 0; r < n; ++r) CHECK(texts[at(r)] == std::string(at(r), 'x'));
+}
+
+TEST_CASE("means have the bits of thread ranks") {
+  const auto comm = adopt();
+  const int n = comm->size(), rank = comm->rank();
+  for (DType dtype : {DType::e4m3, DType::bf16, DType::f32}) {
+    MeanCase bucket = random_case(dtype, n, kOddSizes);
+    for (const Owners& owners : cuts_of(bucket)) {
+      bucket.owners = owners;
+      for (auto path : {MeanReducer::Path::sharded, MeanReducer::Path::two_shot}) {
+        std::vector<MeanResult> threads(at(n));
+        run_ranks(n, [&](Communicator& thread) {
+          threads[at(thread.rank())] = reduce_on_rank(thread, bucket, path);
+        });
+        const MeanResult expected = threads[at(rank)];
+        const MeanResult result = reduce_on_rank(*comm, bucket, path);
+        CAPTURE(octet::name_of(dtype), n, path, rank);
+        if (n > 1) CHECK(wrong_in(bucket, path, rank, result) == "");
+        for (std::size_t t = 0; t < bucket.tensors(); ++t) {
+          CHECK(first_difference(result.gradients[t], expected.gradients[t]) == "");
+          CHECK(first_difference(result.shards[t], expected.shards[t]) == "");
+          CHECK(std::memcmp(&result.scales[t], &expected.scales[t], sizeof(TensorScale)) == 0);
+        }
+        CHECK(result.wire.payload == expected.wire.payload);
+        CHECK(result.wire.metadata == expected.wire.metadata);
+      }
+    }
+  }
+}
+
+TEST_CASE("a part of another length names both lengths on both sides, and the others hear of it") {
+  if (world_size() < 2) return;
+  const auto comm = adopt();
+  std::string error;
+  if (comm->rank() == 0) {
+    error = exchange_error(*comm, 1, {4, 100}, {8});
+  } else if (comm->rank() == 1) {
+    error = exchange_error(*comm, 0, {8}, {4, 96});
+  } else {
+    error = exchange_error(*comm, 0, {}, {});
+    // A rank that has heard of it in time is no longer in this collective.
+    if (error == "no error") error = exchange_error(*comm, 0, {}, {});
+  }
+  CHECK(missing(error, {"exchange", "on rank " + std::to_string(comm->rank()),
+                        "part 1 from rank 0 to rank 1 is 100 bytes on rank 0 but 96 on rank 1"}) ==
+        "");
+  if (comm->rank() > 1) CHECK(missing(error, {"gave up"}) == "");
+  // The error stays with the communicator; another one works.
+  CHECK(missing(error_of([&] { comm->all_gather(nullptr, nullptr, 0); }), {"100", "96"}) == "");
+  CHECK(exchange_all(*adopt(), {5, 0, 77}) == "");
+}
+
+TEST_CASE("more parts than the peer has, another collective, another contribution") {
+  if (world_size() < 2) return;
+  Bytes memory(at(world_size()) * 8);
+  {
+    const auto comm = adopt();
+    std::string error;
+    if (comm->rank() == 0) error = exchange_error(*comm, 1, {1, 2, 3}, {});
+    if (comm->rank() == 1) error = exchange_error(*comm, 0, {}, {1, 2});
+    if (comm->rank() > 1) exchange_error(*comm, 0, {}, {});
+    if (comm->rank() < 2) {
+      CHECK(missing(error, {"rank 0 sends more parts to rank 1 than the 2"}) == "");
+    }
+  }
+  {
+    const auto comm = adopt();
+    const std::string error = error_of([&] {
+      if (comm->rank() == 0) comm->exchange({}, {});
+      if (comm->rank() > 0) comm->all_gather(memory.data(), memory.data(), 0);
+    });
+    if (comm->rank() < 2) CHECK(missing(error, {"rank 0 called exchange", "all_gather"}) == "");
+  }
+  {
+    const auto comm = adopt();
+    const std::size_t bytes = comm->rank() == 0 ? 4 : 8;
+    const Bytes own(bytes);
+    const std::string error = error_of([&] { comm->all_gather(own.data(), memory.data(), bytes); });
+    if (comm->rank() < 2) {
+      CHECK(missing(error, {"rank 0 contributes 4 bytes but rank", "8"}) == "");
+    }
+  }
+}
+
+TEST_CASE("a rank that is late by less than the deadline is waited for") {
+  const auto comm = adopt({.deadline = 20s});
+  if (comm->rank() == comm->size() - 1) std::this_thread::sleep_for(400ms);
+  CHECK(exchange_all(*comm, {1000}) == "");
+}
+
+TEST_CASE("a rank that does not come is named within the deadline") {
+  if (world_size() < 2) return;
+  const auto comm = adopt({.deadline = 500ms});
+  CHECK(exchange_all(*comm, {3}) == "");
+  if (comm->rank() == 1) {
+    std::this_thread::sleep_for(1s);
+    CHECK(missing(exchange_error(*comm, 0, {}, {}), {"gave up", "rank 1 of"}) == "");
+  } else {
+    const auto begin = Clock::now();
+    const std::string error = exchange_error(*comm, 1, {10}, {10});
+    CHECK(missing(error,
+                  {"exchange (collective 1 of the group) on rank " + std::to_string(comm->rank()),
+                   "rank 1 of " + std::to_string(comm->size()), "500 ms"}) == "");
+    CHECK(Clock::now() - begin < 3s);
+  }
+  CHECK(exchange_all(*adopt(), {9}) == "");
+}
+
+TEST_CASE("a rank that does not adopt makes the others throw") {
+  if (world_size() < 2) return;
+  MPI_Comm comm = MPI_COMM_NULL;  // of its own, because the attempt is never taken back
+  MPI_Comm_dup(MPI_COMM_WORLD, &comm);
+  int rank = 0;
+  MPI_Comm_rank(comm, &rank);
+  if (rank > 0) {
+    const MpiOptions options{.deadline = 300ms};
+    const std::string error = error_of([&] { adopt_mpi(comm, Context::cpu(), options); });
+    CHECK(missing(error, {"adopt_mpi on rank " + std::to_string(rank), "300 ms"}) == "");
+  }
+  MPI_Barrier(MPI_COMM_WORLD);
+}
+
+TEST_CASE("the end waits for a rank that still works, and one that ends early is named") {
+  if (world_size() < 2) return;
+  {
+    const auto comm = adopt();
+    if (comm->rank() == 1) std::this_thread::sleep_for(300ms);
+  }
+  const auto comm = adopt();
+  if (comm->rank() == 0) return;
+  const std::string error = exchange_error(*comm, 0, {}, {});
+  CHECK(missing(error, {"rank 0 called the end of the group", "exchange"}) == "");
+}
+
+TEST_CASE("a rank that leaves by an exception tells the others") {
+  if (world_size() < 2) return;
+  const auto begin = Clock::now();
+  const std::string error = error_of([&] {
+    const auto comm = adopt({.deadline = 20s});
+    if (comm->rank() == 0) fail("out of paper");
+    for (;;) comm->exchange({}, {});
+  });
+  CHECK((error == "out of paper" || missing(error, {"rank 0 gave up", "exception"}) == ""));
+  CHECK(Clock::now() - begin < 10s);
+}
+
+TEST_CASE("the caller's own messages are left alone, and subgroups have their own ranks") {
+  const int n = world_size();
+  int world_rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
+  int theirs = -1;
+  MPI_Request request = MPI_REQUEST_NULL;
+  MPI_Irecv(&theirs, 1, MPI_INT, MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &request);
+  {
+    MPI_Comm reversed = MPI_COMM_NULL;
+    MPI_Comm_split(MPI_COMM_WORLD, world_rank == 0 ? 0 : 1, -world_rank, &reversed);
+    const auto comm = adopt_mpi(reversed, Context::cpu());
+    CHECK(comm->size() == (world_rank == 0 ? 1 : n - 1));
+    CHECK(comm->rank() == (world_rank == 0 ? 0 : n - 1 - world_rank));
+    CHECK(exchange_all(*comm, {10, 20}) == "");
+    MPI_Comm_free(&reversed);
+    CHECK(exchange_all(*comm, {30}) == "");  // a duplicate lives on
+  }
+  CHECK(exchange_all(*adopt(), {10, 20}) == "");
+  CHECK(theirs == -1);
+  MPI_Barrier(MPI_COMM_WORLD);
+  MPI_Send(&world_rank, 1, MPI_INT, (world_rank + 1) % n, 1, MPI_COMM_WORLD);
+  MPI_Wait(&request, MPI_STATUS_IGNORE);
+  CHECK(theirs == (world_rank + n - 1) % n);
+}
+
+TEST_CASE("what cannot be adopted is refused") {
+  const Context ctx = Context::cpu();
+  CHECK(missing(error_of([&] { adopt_mpi(MPI_COMM_NULL, ctx); }), {"null"}) == "");
+  CHECK(missing(error_of([&] { adopt_mpi(MPI_Comm{}, ctx); }), {"null"}) == "");
+  CHECK(missing(error_of([&] { adopt_mpi('c', ctx); }), {"1 bytes", "MPI_Comm"}) == "");
+  CHECK(missing(error_of([&] { adopt({.deadline = 0ms}); }), {"deadline", "0 ms"}) == "");
+  CHECK(missing(error_of([&] { adopt({.message_bytes = 0}); }), {"message_bytes", "0"}) == "");
+  CHECK(missing(error_of([&] { adopt({.message_bytes = std::size_t{1} << 31}); }),
+                {"message_bytes", "2147483648"}) == "");
+  if (cuda_device_count() > 0) {
+    const Context cuda = Context::cuda(0, per_thread_stream());
+    CHECK(missing(error_of([&] { adopt_mpi(MPI_COMM_WORLD, cuda); }), {"cuda:0", "nccl"}) == "");
+    CHECK(missing(error_of([&] { create_mpi(cuda); }), {"cuda:0", "nccl"}) == "");
+  }
+}
+
+TEST_CASE("MPI that the program began is the program's to end") {
+  { const auto comm = create_mpi(Context::cpu()); }
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  CHECK(!finalized);
+}
+
+}  // namespace octet::test
+
+int main(int argc, char** argv) {
+  int provided = 0;
+  MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
+  const int failures = Catch::Session().run(argc, argv);
+  MPI_Finalize();
+  return failures == 0 ? 0 : 1;
+}
