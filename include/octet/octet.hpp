@@ -2,6 +2,7 @@
 // Everything a trainer needs. Each header can be included alone.
 #pragma once
 
+#include "octet/comm/bootstrap.hpp"
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/communicator.hpp"
 #include "octet/comm/mpi.hpp"
