@@ -53,7 +53,10 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
          "Levels, separated by commas (default: O0,O1,O2,O3); \"small\" is O2 with 5 bytes of "
          "state per parameter")
       ->delimiter(',');
-  app.add_option("--ranks", a.ranks, "Data-parallel ranks (default: 2; on CUDA at most the GPUs)");
+  app.add_option(
+      "--ranks", a.ranks,
+      "Data-parallel ranks as threads (default: 2; on CUDA at most the GPUs); under mpirun, "
+      "torchrun or srun every process is a rank");
   app.add_option("--steps", a.steps, "Training steps (default: 300)");
   app.add_option("--device", a.device, "auto, cpu or cuda (default: auto)");
   app.add_option("--layers", a.layers, "Transformer blocks (default: 2; on CUDA 8)");
@@ -144,7 +147,21 @@ DeviceType choose_device(const std::string& text) {
   return text != "cpu" && available ? DeviceType::cuda : DeviceType::cpu;
 }
 
-int choose_ranks(std::optional<int> asked, DeviceType device) {
+/// A process that a launcher has started is one rank of as many as the launcher says.
+int launched_ranks(std::optional<int> asked, DeviceType device, const octet::Launch& launch) {
+  require(!asked || *asked == launch.size, "--ranks ", asked.value_or(0), ": ", launch.launcher,
+          " has started ", launch.size, " processes, each of which is a rank");
+  if (device == DeviceType::cuda) {
+    const int gpus = octet::cuda_device_count();
+    require(launch.local_rank < gpus, "rank ", launch.rank, " is process ", launch.local_rank,
+            " of its host and needs a GPU of its own, but there ", gpus == 1 ? "is" : "are",
+            " only ", gpus);
+  }
+  return launch.size;
+}
+
+int choose_ranks(std::optional<int> asked, DeviceType device, const octet::Launch& launch) {
+  if (launch.size > 1) return launched_ranks(asked, device, launch);
   require(!asked || *asked >= 1, "--ranks ", asked.value_or(0), ": must be at least 1");
   if (device == DeviceType::cpu) return asked.value_or(2);
   const int gpus = octet::cuda_device_count();
@@ -198,7 +215,8 @@ std::optional<Options> parse_options(int argc, char** argv) {
   Options options;
   options.device = choose_device(arguments.device);
   const Defaults& defaults = options.device == DeviceType::cpu ? kCpuDefaults : kCudaDefaults;
-  options.ranks = choose_ranks(arguments.ranks, options.device);
+  options.launch = octet::launch_from_environment();
+  options.ranks = choose_ranks(arguments.ranks, options.device, options.launch);
   options.data = arguments.data;
   for (const std::string& name : arguments.levels) options.setups.push_back(setup_of(name));
   require(!options.setups.empty(), "--levels: at least one level is needed");

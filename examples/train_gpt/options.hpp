@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "model.hpp"
+#include "octet/comm/bootstrap.hpp"
 #include "octet/core/tensor_view.hpp"
 #include "octet/engine/level.hpp"
 
@@ -23,6 +24,7 @@ struct Options {
   std::string data;  ///< empty: the repository's own text
   std::vector<Setup> setups;
   octet::DeviceType device = octet::DeviceType::cpu;
+  octet::Launch launch;  ///< of more than one process when a launcher has started this one
   int ranks = 1;
   int steps = 300;
   GptConfig model;
@@ -32,6 +34,7 @@ struct Options {
   int log_every = 20;
   std::string json;  ///< empty: no file
 
+  bool is_launched() const { return launch.size > 1; }
   int rows_per_rank() const { return batch / ranks; }
   std::int64_t tokens_per_step() const { return std::int64_t{batch} * model.context; }
 };

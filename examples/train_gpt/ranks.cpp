@@ -109,6 +109,37 @@ class Group {
 
 }  // namespace
 
+struct LaunchedRank::State {
+  State(DeviceType type, const octet::Launch& place)
+      : launch(place),
+        device(type, type == DeviceType::cuda ? place.local_rank : 0),
+        comm(octet::make_communicator(device.context(), place)) {}
+
+  octet::Launch launch;
+  RankDevice device;
+  std::unique_ptr<octet::Communicator> comm;
+};
+
+LaunchedRank::LaunchedRank(DeviceType device, const octet::Launch& launch) {
+  share_cores(launch.local_size);
+  state_ = std::make_unique<State>(device, launch);
+}
+
+LaunchedRank::~LaunchedRank() = default;
+
+void LaunchedRank::run(const std::function<void(const Rank&)>& body) {
+  const int rank = state_->launch.rank;
+  state_->device.context().reset_peak();
+  try {
+    body({rank, state_->device.context(), *state_->comm, state_->device.kernels()});
+  } catch (const std::exception& error) {
+    const std::string text = "rank " + std::to_string(rank) + ": " + error.what();
+    if (state_->device.context().device().type == DeviceType::cpu) throw octet::Error(text);
+    std::fprintf(stderr, "\ntrain_gpt: %s\n", text.c_str());
+    std::_Exit(1);
+  }
+}
+
 void run_ranks(DeviceType device, int count, const std::function<void(const Rank&)>& body) {
   Group group(device, count);
   {

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 
 #include "kernels.hpp"
+#include "octet/comm/bootstrap.hpp"
 #include "octet/comm/communicator.hpp"
 
 namespace train_gpt {
@@ -21,5 +23,21 @@ struct Rank {
 /// they talk through NCCL. The first exception of any rank ends the others and is thrown once, as
 /// octet::Error naming the rank.
 void run_ranks(octet::DeviceType device, int count, const std::function<void(const Rank&)>& body);
+
+/// The one rank that this process is when a launcher has started it: on a CPU through MPI, on CUDA
+/// with a GPU of its own through NCCL.
+class LaunchedRank {
+ public:
+  LaunchedRank(octet::DeviceType device, const octet::Launch& launch);
+  ~LaunchedRank();
+  /// Calls body. An exception is thrown as octet::Error naming the rank; MPI tells the other ranks
+  /// when this object ends because of it. On CUDA they may wait inside NCCL, so there it is printed
+  /// and the process ends, which makes the launcher end the others.
+  void run(const std::function<void(const Rank&)>& body);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 }  // namespace train_gpt

@@ -27,9 +27,9 @@ Carrier chosen_carrier(const Launch& launch, const Rendezvous& rendezvous) {
 }
 
 /// MPI over the ranks of the launch, and not some other number of them.
-std::unique_ptr<Communicator> launched_mpi(const Launch& launch,
+std::unique_ptr<Communicator> launched_mpi(const Context& ctx, const Launch& launch,
                                            std::chrono::milliseconds deadline) {
-  auto comm = create_mpi(Context::cpu(), {.deadline = deadline});
+  auto comm = create_mpi(ctx, {.deadline = deadline});
   require(comm->size() == launch.size && comm->rank() == launch.rank, "MPI says that this is rank ",
           comm->rank(), " of ", comm->size(), ", but the launcher (", launch.launcher,
           ") says rank ", launch.rank, " of ", launch.size,
@@ -39,7 +39,7 @@ std::unique_ptr<Communicator> launched_mpi(const Launch& launch,
 
 std::vector<std::byte> broadcast_by_mpi(const Launch& launch, std::span<const std::byte> bytes,
                                         std::chrono::milliseconds deadline) {
-  const auto comm = launched_mpi(launch, deadline);
+  const auto comm = launched_mpi(Context::cpu(), launch, deadline);
   std::string text;
   if (launch.rank == 0) text.assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   const std::string root = all_gather_text_sync(*comm, text).front();
@@ -82,7 +82,7 @@ std::unique_ptr<Communicator> make_communicator(const Context& ctx, const Launch
             "OCTET_MPI=ON");
     require(is_of_mpiexec(launch) || launch.launcher == "slurm", kWhat, ": ", launch.size,
             " ranks on CPUs talk through MPI; start them with mpiexec, not with ", launch.launcher);
-    return launched_mpi(launch, rendezvous.deadline);
+    return launched_mpi(ctx, launch, rendezvous.deadline);
   }
   require(has_nccl(), kWhat, ": ", launch.size,
           " ranks on GPUs talk through NCCL, which this build of octet lacks; configure it with "

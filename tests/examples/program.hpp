@@ -18,11 +18,12 @@ struct Outcome {
   std::string out, err;
 };
 
-/// `arguments` as a shell takes them.
-inline Outcome run_program(const Folder& folder, const std::string& arguments) {
+/// `arguments` as a shell takes them; `launcher` goes before the program's name.
+inline Outcome run_program(const Folder& folder, const std::string& arguments,
+                           const std::string& launcher = "") {
   const std::string out = folder.file("out"), err = folder.file("err");
   const std::string command =
-      "'" PROGRAM "' " + arguments + " >'" + out + "' 2>'" + err + "' </dev/null";
+      launcher + " '" PROGRAM "' " + arguments + " >'" + out + "' 2>'" + err + "' </dev/null";
   const int status = std::system(command.c_str());
   return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(out), read_file(err)};
 }
