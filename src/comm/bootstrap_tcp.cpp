@@ -188,11 +188,15 @@ std::optional<std::vector<std::byte>> answer_on(const Socket& socket, const std:
                       "MASTER_PORT to a free port");
     }
     const std::uint64_t status = reply.number();
-    const std::string text = reply.text(kMaxRendezvousBytes);
+    const std::uint64_t length = reply.number();
+    if (reply.good() && length > kMaxRendezvousBytes) {
+      throw CommError(who + ": the answer is too long, " + std::to_string(length) + " bytes");
+    }
+    const auto data = reply.raw(length);
     if (!reply.good()) continue;
-    if (status != kBytes) throw CommError(who + ": " + text);
-    const auto bytes = std::as_bytes(std::span(text));
-    return std::vector<std::byte>(bytes.begin(), bytes.end());
+    if (status == kBytes) return std::vector<std::byte>(data.begin(), data.end());
+    throw CommError(who + ": " +
+                    std::string(reinterpret_cast<const char*>(data.data()), data.size()));
   }
   return std::nullopt;
 }
@@ -330,6 +334,10 @@ class Root {
   void accept_guests() {
     for (;;) {
       Socket socket(accept4(listener_.fd(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+      if (!socket && (errno == EMFILE || errno == ENFILE)) {
+        fail_all("too many open files for the connections of " + std::to_string(launch_.size) +
+                 " ranks; raise the limit (ulimit -n)");
+      }
       if (!socket) return;
       if (guests_.size() >= static_cast<std::size_t>(launch_.size) + kMaxStrangers) {
         const auto oldest = std::find_if(guests_.begin(), guests_.end(),
@@ -348,7 +356,10 @@ class Root {
       if (guest.rank < 0) note("it closed the connection without a hello");
       return;
     }
-    if (guest.rank >= 0) return;
+    if (guest.rank >= 0) {
+      if (heard == Heard::more) drop(guest, "it said more than a hello");
+      return;
+    }
     listen_to(guest);
     if (guest.rank < 0 && !guest.gone && Clock::now() >= guest.until) {
       drop(guest, "it did not say hello in time");

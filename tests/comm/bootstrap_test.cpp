@@ -237,6 +237,20 @@ TEST_CASE("tcp: a port in use is an error of rank 0 at once; the others see a st
   server.join();
   CHECK(missing(rank, {"rank 1", "wrong magic"}) == "");
   CHECK(Clock::now() - begin < 5s);
+  // Somebody who answers as octet does, but without end.
+  std::thread endless([&] {
+    const int guest = accept(other.fd(), nullptr, nullptr);
+    Bytes answer(100000, std::byte{0});
+    const Bytes magic = hello(0, 0);
+    std::copy(magic.begin(), magic.begin() + 8, answer.begin());
+    answer[20] = std::byte{1};  // 2^32 bytes
+    send(guest, answer.data(), answer.size(), MSG_NOSIGNAL);
+    std::this_thread::sleep_for(300ms);
+    close(guest);
+  });
+  const std::string longest = run({rank_of(1, 2, other.port())}, {}, tcp())[0].error;
+  endless.join();
+  CHECK(missing(longest, {"rank 1", "too long", "4294967296"}) == "");
   // Somebody who listens and says nothing.
   const std::string silent = run({rank_of(1, 2, other.port())}, {}, tcp(300ms))[0].error;
   CHECK(missing(silent, {"rank 1", "no answer", "300 ms"}) == "");

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdio>
 #include <string>
 #include <thread>
 #include <vector>
@@ -92,6 +93,17 @@ void check_gone(const Job& job) {
   }
 }
 
+/// Open MPI 4 can be asked to let a job go on when a rank is killed.
+bool can_survive() {
+  std::FILE* const pipe = popen("'" MPIEXEC "' --version 2>&1", "r");
+  char line[200] = "";
+  const bool read = pipe != nullptr && std::fgets(line, sizeof(line), pipe) != nullptr;
+  if (pipe != nullptr) pclose(pipe);
+  const std::string version = line;  // "mpirun (Open MPI) 4.1.4", "mpiexec (OpenRTE) 4.1.4"
+  return read && version.find("(Open") != std::string::npos &&
+         version.find(") 4.") != std::string::npos;
+}
+
 }  // namespace
 
 TEST_CASE("ranks that behave end well, also when one is late by less than the deadline") {
@@ -110,6 +122,16 @@ TEST_CASE("a rank that is killed ends the job") {
   CHECK(job.exit_code > 0);
   CHECK(job.seconds < 20s);
   CHECK(job.texts[1] == " has begun");
+  check_gone(job);
+}
+
+TEST_CASE("a killed rank is named by the others where the launcher lets them live") {
+  if (!can_survive()) return;
+  const Job job = run("kill", 3, {"--enable-recovery"});
+  CHECK(job.seconds < 20s);
+  CHECK(job.texts[1] == " has begun");
+  CHECK(missing(job.texts[0], {"CommError", "on rank 0", "rank 1 of 3", "1500 ms"}) == "");
+  CHECK(missing(job.texts[2], {"CommError", "on rank 2", "rank 1 of 3", "1500 ms"}) == "");
   check_gone(job);
 }
 
