@@ -26,13 +26,4 @@ inline void set_device(const Context& ctx) {
   if (current != ctx.device().index) OCTET_CUDA_CHECK(cudaSetDevice(ctx.device().index));
 }
 
-/// Whether a kernel was compiled for this architecture (90 for sm_90) or a newer one, whatever the
-/// device is: what it may use of the hardware was decided then.
-template <class Kernel>
-bool is_built_for(Kernel* kernel, int architecture) {
-  cudaFuncAttributes attributes{};
-  OCTET_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
-  return attributes.ptxVersion >= architecture;
-}
-
 }  // namespace octet::detail::cuda

@@ -91,6 +91,9 @@ struct ContextState {
   std::size_t workspace_bytes = 0;
   std::size_t workspace_used = 0;
   int open_scopes = 0;
+  /// What the library's CUDA kernels were compiled for on this device (90 for sm_90); 0 until the
+  /// first launch that must know has asked.
+  int kernel_architecture = 0;
 
   ~ContextState();
   void* allocate(std::size_t bytes);

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
     }
     if (cast.out.data != nullptr) {
       largest = RowBlocks<G, In, Out>::cast(cast, spot, vectors, counts);
-    } else if (cast.nonfinite != nullptr) {
+    } else if (cast.nonfinite != nullptr || cast.amax != nullptr) {
       largest = largest_of<In>(vectors);
     }
     if (cast.transposed.data != nullptr) {
@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
     }
   }
   if (!is_finite_bits(largest) && cast.nonfinite != nullptr) *cast.nonfinite = 1;
+  if (cast.amax != nullptr) raise_amax<G>(cast, largest);
   if (cast.counters != nullptr) counts.publish(cast.counters);
 }
 
@@ -79,6 +80,7 @@ BlockCast cast_of(const BlockQuantizeArgs& args) {
   cast.out = side_of(args.out);
   cast.transposed = side_of(args.transposed);
   cast.nonfinite = args.nonfinite;
+  cast.amax = reinterpret_cast<std::uint32_t*>(args.amax);
   cast.counters = args.counters;
   if (!args.column_sums.empty()) cast.column_sums = args.column_sums.as<float>();
   cast.in_aligned =

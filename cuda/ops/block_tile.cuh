@@ -27,7 +27,7 @@ struct BlockCast {
   std::int64_t rows, columns;
   unsigned tiles_across;  // in 32 bits, because every thread divides by it
   BlockSide out, transposed;
-  std::uint32_t* nonfinite;
+  std::uint32_t *nonfinite, *amax;
   CastCounters* counters;
   float* column_sums;
   unsigned ahead;  // how many tiles after its own a block prefetches
@@ -97,6 +97,17 @@ __device__ std::uint32_t largest_of(const TileVectors<In>& vectors) {
     largest = max(largest, largest_of(x));
   }
   return largest;
+}
+
+/// BlockQuantizeArgs::amax, from the largest magnitude of the thread, with tiles that of the block.
+/// All threads must call it.
+template <Granularity G>
+__device__ void raise_amax(const BlockCast& cast, std::uint32_t largest) {
+  if constexpr (G != Granularity::tile) {
+    block_atomic_max(largest, cast.amax);
+  } else if (threadIdx.x == 0 && largest != 0) {
+    atomicMax(cast.amax, largest);
+  }
 }
 
 template <class In>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/check.hpp"
+#include "cuda/device/dependent.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/ops/cuda_ops.hpp"
 #include "octet/ops/detail/delayed_math.hpp"
 
@@ -9,12 +10,16 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarp = 32;
 
-/// A warp for a tensor.
+/// A warp for a tensor. Casts before it still raise amaxes and products read scales until the wait;
+/// a cast after it waits likewise before it takes its scale.
 __global__ void __launch_bounds__(kThreads)
-    delayed_kernel(const DelayedTensor* tensors, std::int64_t count, DelayedScalingConfig config) {
+    delayed_kernel(const __grid_constant__ DelayedArgs args) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const DelayedScalingConfig& config = args.config;
   const std::int64_t i = std::int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
-  if (i >= count) return;
-  const DelayedTensor t = tensors[i];
+  if (i >= args.tensor_count) return;
+  const DelayedTensor t = args.tensors[i];
   const unsigned lane = threadIdx.x % kWarp;
   if (is_recorded(t.scale->amax)) {
     const std::uint32_t oldest = *t.next;
@@ -34,10 +39,8 @@ __global__ void __launch_bounds__(kThreads)
 void delayed_update(const Context& ctx, const DelayedArgs& args) {
   set_device(ctx);
   constexpr int kTensors = kThreads / kWarp;
-  const auto blocks = static_cast<unsigned>((args.tensor_count + kTensors - 1) / kTensors);
-  delayed_kernel<<<blocks, kThreads, 0, ctx.stream()>>>(args.tensors, args.tensor_count,
-                                                        args.config);
-  OCTET_CUDA_CHECK(cudaGetLastError());
+  launch_dependent(ctx, delayed_kernel, (args.tensor_count + kTensors - 1) / kTensors, kThreads,
+                   args);
 }
 
 }  // namespace octet::detail::cuda

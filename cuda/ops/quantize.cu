@@ -206,30 +206,22 @@ Cast cast_of(const QuantizeArgs& args) {
   return cast;
 }
 
-/// Blocks of a kernel that measures, all of which run at once, and the shared memory of each, in
-/// which it keeps tiles.
-struct Residents {
-  unsigned blocks = 0;
-  int staged = 0;
-  std::size_t bytes = 0;
-};
+std::size_t device_attribute(const Context& ctx, cudaDeviceAttr attribute) {
+  int value = 0;
+  OCTET_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, ctx.device().index));
+  return static_cast<std::size_t>(value);
+}
 
-Residents residents_of(const Context& ctx, void (*kernel)(Cast), std::size_t tile_bytes) {
-  const auto get = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    OCTET_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, ctx.device().index));
-    return static_cast<std::size_t>(value);
-  };
+/// Tiles that a block of a kernel can keep in shared memory beside its own, kBlocksPerSm blocks at
+/// once.
+int staged_tiles(const Context& ctx, void (*kernel)(Cast), std::size_t tile_bytes) {
   cudaFuncAttributes attributes{};
   OCTET_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
-  const std::size_t all = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocksPerSm;
+  const std::size_t all =
+      device_attribute(ctx, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocksPerSm;
   const std::size_t taken =
-      attributes.sharedSizeBytes + get(cudaDevAttrReservedSharedMemoryPerBlock);
-  Residents residents;
-  residents.blocks = static_cast<unsigned>(kBlocksPerSm * get(cudaDevAttrMultiProcessorCount));
-  residents.staged = static_cast<int>((all - taken) / tile_bytes);
-  residents.bytes = static_cast<std::size_t>(residents.staged) * tile_bytes;
-  return residents;
+      attributes.sharedSizeBytes + device_attribute(ctx, cudaDevAttrReservedSharedMemoryPerBlock);
+  return static_cast<int>((all - taken) / tile_bytes);
 }
 
 /// Current scaling in one kernel; false, and nothing happens, for what is too large. Twice what the
@@ -238,22 +230,22 @@ template <class In, class Out>
 bool launch_measuring_cast(const Context& ctx, Cast cast) {
   const auto kernel = cast.columns != 0 ? cast_tiles_kernel<In, Out, Mode::measures>
                                         : cast_rows_kernel<In, Out, Mode::measures>;
-  const Residents residents =
-      residents_of(ctx, kernel, kBlockElements * sizeof(typename In::Storage));
-  if (cast.tiles > 2 * (1 + static_cast<unsigned>(residents.staged)) * residents.blocks) {
-    return false;
-  }
-  const std::int64_t blocks = std::min(cast.tiles, residents.blocks);
-  if (blocks == cast.tiles) {
-    launch_cooperative(ctx, kernel, blocks, kThreads, 0, cast);
+  const auto blocks =
+      static_cast<unsigned>(kBlocksPerSm * device_attribute(ctx, cudaDevAttrMultiProcessorCount));
+  // A tile for each of the blocks that run at once, which needs no further question to the driver.
+  if (cast.tiles <= blocks) {
+    launch_cooperative(ctx, kernel, cast.tiles, kThreads, 0, cast);
     return true;
   }
-  cast.staged = residents.staged;
+  constexpr std::size_t kTileBytes = kBlockElements * sizeof(typename In::Storage);
+  cast.staged = staged_tiles(ctx, kernel, kTileBytes);
+  if (cast.tiles > 2 * (1 + static_cast<unsigned>(cast.staged)) * blocks) return false;
+  const std::size_t bytes = static_cast<std::size_t>(cast.staged) * kTileBytes;
   OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(residents.bytes)));
+                                        static_cast<int>(bytes)));
   OCTET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                         cudaSharedmemCarveoutMaxShared));
-  launch_cooperative(ctx, kernel, blocks, kThreads, residents.bytes, cast);
+  launch_cooperative(ctx, kernel, blocks, kThreads, bytes, cast);
   return true;
 }
 

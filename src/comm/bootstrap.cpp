@@ -40,11 +40,12 @@ std::unique_ptr<Communicator> launched_mpi(const Context& ctx, const Launch& lau
 std::vector<std::byte> broadcast_by_mpi(const Launch& launch, std::span<const std::byte> bytes,
                                         std::chrono::milliseconds deadline) {
   const auto comm = launched_mpi(Context::cpu(), launch, deadline);
-  std::string text;
-  if (launch.rank == 0) text.assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-  const std::string root = all_gather_text_sync(*comm, text).front();
-  const auto data = std::as_bytes(std::span(root));
-  return {data.begin(), data.end()};
+  std::uint64_t count = bytes.size();
+  comm->broadcast(&count, sizeof(count), 0, Traffic::metadata);
+  std::vector<std::byte> data(count);
+  if (launch.rank == 0) data.assign(bytes.begin(), bytes.end());
+  comm->broadcast(data.data(), count, 0, Traffic::metadata);
+  return data;
 }
 
 }  // namespace
@@ -93,7 +94,7 @@ std::unique_ptr<Communicator> make_communicator(const Context& ctx, const Launch
   require(bytes.size() == id.size(), kWhat, ": rank 0 sent ", bytes.size(),
           " bytes; the id of NCCL has ", id.size());
   std::copy(bytes.begin(), bytes.end(), id.begin());
-  return create_nccl(id, launch.rank, launch.size, ctx);
+  return create_nccl(id, launch.rank, launch.size, ctx, rendezvous.deadline);
 }
 
 }  // namespace octet

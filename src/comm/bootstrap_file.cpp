@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -17,7 +18,7 @@
 #include <thread>
 
 #include "comm/bootstrap.hpp"
-#include "comm/wording.hpp"
+#include "comm/bytes.hpp"
 #include "octet/core/error.hpp"
 
 namespace octet::detail {
@@ -268,8 +269,8 @@ class Root {
       const Guest& guest = guests_[static_cast<std::size_t>(rank)];
       if (!guest.done && (guest.nonce == 0 || guest.answered != 0)) missing.push_back(rank);
     }
-    return joined_ranks(missing) + " of " + std::to_string(launch_.size) + " did not come within " +
-           std::to_string(deadline_.count()) + " ms";
+    return to_string_of_ranks(missing) + " of " + std::to_string(launch_.size) +
+           " did not come within " + std::to_string(deadline_.count()) + " ms";
   }
 
   [[noreturn]] void fail_all(const std::string& why) {

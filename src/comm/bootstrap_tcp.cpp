@@ -13,11 +13,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <thread>
 #include <utility>
 
 #include "comm/bootstrap.hpp"
-#include "comm/wording.hpp"
+#include "comm/bytes.hpp"
 #include "octet/core/error.hpp"
 
 namespace octet::detail {
@@ -315,7 +316,7 @@ class Root {
   }
 
   std::string too_late() const {
-    std::string text = joined_ranks(missing()) + " of " + std::to_string(launch_.size) +
+    std::string text = to_string_of_ranks(missing()) + " of " + std::to_string(launch_.size) +
                        " did not come within " + std::to_string(deadline_.count()) + " ms";
     if (refused_ > 0) {
       text += "; " + std::to_string(refused_) +

@@ -167,8 +167,11 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
 }  // namespace
 
 MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
-                         TensorScale* scales, const Owners& owners)
-    : comm_(comm), path_(path), scales_(scales) {
+                         TensorScale* scales, const Owners& owners, int bucket)
+    : comm_(comm),
+      path_(path),
+      name_{path == Path::sharded ? "sharded" : "two_shot", bucket},
+      scales_(scales) {
   const Context& ctx = comm.context();
   const auto rank = static_cast<std::size_t>(comm.rank());
   check_gradients(tensors, ctx.device());
@@ -246,7 +249,9 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
 
 void MeanReducer::run(std::uint32_t* nonfinite) {
   require(nonfinite != nullptr, "MeanReducer::run: nonfinite is null; it must be a device word");
+  comm_.check();
   if (args_.tensor_count == 0) return;
+  const CollectiveScope scope(comm_, name_);
   const Context& ctx = comm_.context();
   MeanArgs args = args_;
   args.nonfinite = nonfinite;
@@ -278,7 +283,10 @@ PieceGather::PieceGather(Communicator& comm, const std::vector<TensorView>& tens
 }
 
 void PieceGather::run() {
-  if (comm_.size() > 1) comm_.exchange(sends_, recvs_, traffic_);
+  comm_.check();
+  if (comm_.size() == 1) return;
+  const CollectiveScope scope(comm_, {"all_gather"});
+  comm_.exchange(sends_, recvs_, traffic_);
 }
 
 }  // namespace octet

@@ -37,11 +37,99 @@ class SingleRank final : public Communicator {
 
 }  // namespace
 
+std::string to_string(const CollectiveName& name) {
+  std::string text = name.op;
+  if (name.bucket >= 0) text += " of bucket " + std::to_string(name.bucket);
+  return text;
+}
+
+std::string to_string_of_ranks(std::span<const int> ranks) {
+  std::string text = ranks.size() == 1 ? "rank" : "ranks";
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    text += (i == 0 ? " " : ", ") + std::to_string(ranks[i]);
+  }
+  return text;
+}
+
+Communicator::Communicator(const Context& ctx, std::chrono::milliseconds deadline)
+    : ctx_(ctx), deadline_(deadline) {
+  require(deadline.count() > 0, "Communicator: deadline is ", deadline.count(),
+          " ms; it must be positive");
+}
+
+CommError Communicator::error(const Watched& collective, const std::string& reason,
+                              std::vector<int> ranks) const {
+  std::ostringstream text;
+  CommError::Where where;
+  where.rank = rank();
+  where.ranks = std::move(ranks);
+  if (collective.number > 0) {
+    where.op = collective.name.op;
+    where.bucket = collective.name.bucket;
+    where.collective = collective.number;
+    text << to_string(collective.name) << " (collective " << collective.number << ") on ";
+  }
+  text << "rank " << rank() << " of " << size() << ": " << reason;
+  return CommError(text.str(), std::move(where));
+}
+
+void Communicator::set_failure(const CommError& error) {
+  const std::lock_guard lock(failure_mutex_);
+  if (failure_.has_value()) return;
+  failure_.emplace(error);
+  failed_.store(true, std::memory_order_release);
+}
+
+void Communicator::check() {
+  if (aborted()) {
+    const std::lock_guard lock(failure_mutex_);
+    throw CommError(*failure_);
+  }
+  keep_failure([&] { do_check(); });
+}
+
+void Communicator::synchronize() {
+  keep_failure([&] { do_synchronize(); });
+  check();
+}
+
+void Communicator::open(const CollectiveName& name) {
+  check();
+  if (open_scopes_ == 0) {
+    current_ = {name, ++collectives_};
+    try {
+      do_begin();
+    } catch (...) {
+      current_ = {};
+      throw;
+    }
+  }
+  ++open_scopes_;
+}
+
+void Communicator::close() noexcept {
+  if (--open_scopes_ > 0) return;
+  do_end();
+  current_ = {};
+}
+
+// What the transport throws once, it throws from then on.
+template <class Call>
+void Communicator::keep_failure(Call call) {
+  try {
+    call();
+  } catch (const CommError& error) {
+    set_failure(error);
+    throw;
+  }
+}
+
 void Communicator::exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs,
                             Traffic traffic) {
   check_parts(sends, *this, "send");
   check_parts(recvs, *this, "receive");
-  do_exchange(sends, recvs);
+  const CollectiveScope scope(*this, {"exchange"});
+  keep_failure([&] { do_exchange(sends, recvs); });
   std::uint64_t& count = traffic == Traffic::payload ? wire_.payload : wire_.metadata;
   for (const SendPart& part : sends) count += part.bytes;
 }
@@ -49,8 +137,33 @@ void Communicator::exchange(std::span<const SendPart> sends, std::span<const Rec
 void Communicator::all_gather(const void* send, void* recv, std::size_t bytes) {
   require(bytes == 0 || (send != nullptr && recv != nullptr), "all_gather on rank ", rank(), " of ",
           bytes, " bytes has a null pointer");
-  do_all_gather(send, recv, bytes);
+  const CollectiveScope scope(*this, {"all_gather"});
+  keep_failure([&] { do_all_gather(send, recv, bytes); });
   wire_.metadata += bytes * static_cast<std::uint64_t>(size() - 1);
+}
+
+void Communicator::broadcast(void* data, std::size_t bytes, int root, Traffic traffic) {
+  require(root >= 0 && root < size(), "broadcast on rank ", rank(), ": root is ", root,
+          "; allowed are 0 to ", size() - 1);
+  require(bytes == 0 || data != nullptr, "broadcast on rank ", rank(), " of ", bytes,
+          " bytes has a null pointer");
+  const CollectiveScope scope(*this, {"broadcast"});
+  keep_failure([&] { do_broadcast(data, bytes, root); });
+  if (rank() != root) return;
+  std::uint64_t& count = traffic == Traffic::payload ? wire_.payload : wire_.metadata;
+  count += bytes * static_cast<std::uint64_t>(size() - 1);
+}
+
+void Communicator::do_broadcast(void* data, std::size_t bytes, int root) {
+  if (rank() != root) {
+    const RecvPart recv{data, bytes, root};
+    return do_exchange({}, std::span(&recv, 1));
+  }
+  std::vector<SendPart> sends;
+  for (int peer = 0; peer < size(); ++peer) {
+    if (peer != root) sends.push_back({data, bytes, peer});
+  }
+  do_exchange(sends, {});
 }
 
 std::unique_ptr<Communicator> make_single(const Context& ctx) {

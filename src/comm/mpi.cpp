@@ -14,16 +14,17 @@
 #include <optional>
 #include <thread>
 
-#include "comm/wording.hpp"
+#include "comm/mpi_messages.hpp"
 
 namespace octet {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 using detail::Collective;
+using detail::Header;
+using detail::Notice;
 
 constexpr int kHeaderTag = 1, kDataTag = 2, kNoticeTag = 3;
-constexpr std::size_t kLongestNotice = 1000;
 /// How long a failed rank waits for its receives to be cancelled.
 constexpr auto kCancelTime = std::chrono::milliseconds(100);
 
@@ -51,49 +52,14 @@ class Pause {
   int polls_ = 0;
 };
 
-/// What a rank tells a peer: words 0 to 2 as named below, then the lengths of the parts that it
-/// sends to the peer, then those of the parts that it receives from it.
-using Header = std::vector<std::uint64_t>;
-enum HeaderWord : std::size_t { kKind, kSends, kRecvs, kWords };
-
-std::span<const std::uint64_t> sends_of(const Header& header) {
-  return std::span(header).subspan(kWords, header[kSends]);
-}
-std::span<const std::uint64_t> recvs_of(const Header& header) {
-  return std::span(header).subspan(kWords + header[kSends], header[kRecvs]);
-}
-
-/// Empty when what `from` sends to `to` is what `to` receives from it.
-std::string mismatch(int from, std::span<const std::uint64_t> sent, int to,
-                     std::span<const std::uint64_t> received) {
-  for (std::size_t k = 0; k < std::min(sent.size(), received.size()); ++k) {
-    if (sent[k] == received[k]) continue;
-    return detail::different_lengths(from, to, k, sent[k], received[k]);
-  }
-  if (received.size() > sent.size()) return detail::too_many_receives(from, to, sent.size());
-  if (sent.size() > received.size()) return detail::too_many_sends(from, to, received.size());
-  return {};
-}
-
-/// Empty when two ranks are about to do the same.
-std::string mismatch(int a, const Header& of_a, int b, const Header& of_b) {
-  const auto kind_of = [](const Header& header) { return static_cast<Collective>(header[kKind]); };
-  if (of_a[kKind] != of_b[kKind]) {
-    return detail::different_collectives(a, kind_of(of_a), b, kind_of(of_b));
-  }
-  if (kind_of(of_a) == Collective::all_gather) {
-    if (sends_of(of_a)[0] == sends_of(of_b)[0]) return {};
-    return detail::different_contributions(a, sends_of(of_a)[0], b, sends_of(of_b)[0]);
-  }
-  const std::string there = mismatch(a, sends_of(of_a), b, recvs_of(of_b));
-  return there.empty() ? mismatch(b, sends_of(of_b), a, recvs_of(of_a)) : there;
-}
-
 class MpiRank final : public Communicator {
  public:
   /// Takes over `comm`, whose errors are returned. `owns_mpi`: finalises MPI at its end.
   MpiRank(MPI_Comm comm, bool owns_mpi, const Context& ctx, const MpiOptions& options)
-      : Communicator(ctx), comm_(comm), owns_mpi_(owns_mpi), options_(options) {
+      : Communicator(ctx, options.deadline),
+        comm_(comm),
+        owns_mpi_(owns_mpi),
+        message_bytes_(options.message_bytes) {
     check_mpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
     check_mpi(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
     memory_->out.resize(static_cast<std::size_t>(size_));
@@ -104,8 +70,8 @@ class MpiRank final : public Communicator {
     int finalized = 0;
     MPI_Finalized(&finalized);
     if (finalized) return;
-    if (!failure_) leave();
-    if (failure_) {
+    if (!aborted()) leave();
+    if (aborted()) {
       static_cast<void>(memory_.release());  // MPI may still be reading it
       return;
     }
@@ -136,10 +102,22 @@ class MpiRank final : public Communicator {
     if (bytes > 0 && own != send) std::memcpy(own, send, bytes);
   }
 
+  void do_check() override {
+    std::optional<Notice> notice;
+    try {
+      notice = next_notice();
+    } catch (const CommError& failure) {
+      throw given_up(failure);
+    }
+    if (!notice) return;
+    throw error({{notice->op.c_str(), notice->bucket}, notice->number}, notice->reason,
+                notice->ranks);
+  }
+
  private:
   struct Memory {  // what MPI reads and writes besides the caller's buffers
     std::vector<Header> out, in;
-    std::string notice;
+    std::vector<std::byte> notice;
   };
   struct Pending {
     MPI_Request request;
@@ -148,34 +126,35 @@ class MpiRank final : public Communicator {
   };
 
   void run(Collective kind, std::span<const SendPart> sends, std::span<const RecvPart> recvs) {
-    if (failure_) throw CommError(*failure_);
-    kind_ = kind;
-    until_ = Clock::now() + options_.deadline;
+    until_ = Clock::now() + deadline();
     try {
-      send_headers(sends, recvs);
+      send_headers(kind, sends, recvs);
       receive_headers();
       heed_notices();  // what a rank has given up need not fit any more
       check_headers();
       move_data(sends, recvs);
-    } catch (const CommError& error) {
+    } catch (const Notice& notice) {  // all have heard of it, so nobody is told
       cancel_receives();
-      tell_all(error.what());
-      throw CommError(*failure_);
-    } catch (const std::exception& error) {
-      tell_all(error.what());
+      throw error(current(), notice.reason, notice.ranks);
+    } catch (const CommError& failure) {
+      throw given_up(failure);
+    } catch (const std::exception& failure) {
+      cancel_receives();
+      tell_all(failure.what(), {rank_});
+      set_failure(error(current(), failure.what()));
       throw;
     }
-    ++number_;
   }
 
-  void send_headers(std::span<const SendPart> sends, std::span<const RecvPart> recvs) {
-    for (Header& header : memory_->out) header.assign({static_cast<std::uint64_t>(kind_), 0, 0});
+  void send_headers(Collective kind, std::span<const SendPart> sends,
+                    std::span<const RecvPart> recvs) {
+    for (Header& header : memory_->out) detail::begin_header(header, current().name, kind);
     for (const SendPart& part : sends) {
-      ++out(part.peer)[kSends];
+      ++out(part.peer)[detail::kSends];
       out(part.peer).push_back(part.bytes);
     }
     for (const RecvPart& part : recvs) {
-      ++out(part.peer)[kRecvs];
+      ++out(part.peer)[detail::kRecvs];
       out(part.peer).push_back(part.bytes);
     }
     for (int peer = 0; peer < size_; ++peer) {
@@ -213,7 +192,7 @@ class MpiRank final : public Communicator {
       std::erase_if(absent_, [&](int peer) { return start_header(peer); });
       return absent_.empty();
     };
-    if (!poll(all_here)) fail_for(absent_, "did not come within ");
+    if (!poll(all_here)) fail_for(absent_, "did not come" + in_time());
     finish_pending();
   }
 
@@ -222,13 +201,14 @@ class MpiRank final : public Communicator {
       if (peer == rank_) continue;
       const Header& own = memory_->out[static_cast<std::size_t>(peer)];
       const Header& theirs = memory_->in[static_cast<std::size_t>(peer)];
-      if (theirs.size() < kWords || theirs.size() != kWords + theirs[kSends] + theirs[kRecvs]) {
-        throw CommError("rank " + std::to_string(peer) + " sent a header that is not octet's");
+      if (!detail::is_whole(theirs)) {
+        fail_for({peer}, "sent a header that is not octet's");
       }
       // The lower rank first, so that both sides say the same.
-      const std::string difference =
-          rank_ < peer ? mismatch(rank_, own, peer, theirs) : mismatch(peer, theirs, rank_, own);
-      if (!difference.empty()) throw CommError(difference);
+      const std::string difference = rank_ < peer ? detail::mismatch(rank_, own, peer, theirs)
+                                                  : detail::mismatch(peer, theirs, rank_, own);
+      if (difference.empty()) continue;
+      throw blaming({std::min(rank_, peer), std::max(rank_, peer)}, difference);
     }
   }
 
@@ -254,8 +234,8 @@ class MpiRank final : public Communicator {
 
   template <class Post>
   void in_messages(std::size_t bytes, const Post& post) const {
-    for (std::size_t begin = 0; begin < bytes; begin += options_.message_bytes) {
-      post(begin, static_cast<int>(std::min(options_.message_bytes, bytes - begin)));
+    for (std::size_t begin = 0; begin < bytes; begin += message_bytes_) {
+      post(begin, static_cast<int>(std::min(message_bytes_, bytes - begin)));
     }
   }
 
@@ -280,7 +260,7 @@ class MpiRank final : public Communicator {
       }
       std::sort(peers.begin(), peers.end());
       peers.erase(std::unique(peers.begin(), peers.end()), peers.end());
-      fail_for(peers, "did not finish within ");
+      fail_for(peers, "did not finish" + in_time());
     }
     pending_.clear();
   }
@@ -298,22 +278,35 @@ class MpiRank final : public Communicator {
   }
 
   void heed_notices() {
+    std::optional<Notice> notice = next_notice();
+    if (notice) throw Notice(*std::move(notice));
+  }
+
+  std::optional<Notice> next_notice() const {
     int here = 0;
     MPI_Status status;
     check_mpi(MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &here, &status), "MPI_Iprobe");
-    if (!here) return;
-    char text[kLongestNotice] = "";
-    check_mpi(MPI_Recv(text, sizeof(text), MPI_CHAR, status.MPI_SOURCE, kNoticeTag, comm_, &status),
+    if (!here) return std::nullopt;
+    int count = 0;
+    check_mpi(MPI_Get_count(&status, MPI_BYTE, &count), "MPI_Get_count");
+    std::vector<std::byte> bytes(static_cast<std::size_t>(count));
+    check_mpi(MPI_Recv(bytes.data(), count, MPI_BYTE, status.MPI_SOURCE, kNoticeTag, comm_,
+                       MPI_STATUS_IGNORE),
               "MPI_Recv");
-    int length = 0;
-    MPI_Get_count(&status, MPI_CHAR, &length);
-    throw CommError("rank " + std::to_string(status.MPI_SOURCE) +
-                    " gave up: " + std::string(text, static_cast<std::size_t>(length)));
+    return detail::unpacked(bytes);
   }
 
-  [[noreturn]] void fail_for(const std::vector<int>& peers, const char* what) const {
-    throw CommError(detail::joined_ranks(peers) + " of " + std::to_string(size_) + " " + what +
-                    std::to_string(options_.deadline.count()) + " ms");
+  std::string in_time() const { return " within " + std::to_string(deadline().count()) + " ms"; }
+
+  [[noreturn]] void fail_for(const std::vector<int>& peers, const std::string& what) const {
+    throw blaming(peers, to_string_of_ranks(peers) + " of " + std::to_string(size_) + " " + what);
+  }
+
+  /// given_up() says the rest.
+  static CommError blaming(std::vector<int> ranks, const std::string& reason) {
+    CommError::Where where;
+    where.ranks = std::move(ranks);
+    return {reason, std::move(where)};
   }
 
   /// Gives the caller its buffers back as far as MPI lets go of them.
@@ -333,17 +326,22 @@ class MpiRank final : public Communicator {
     pending_.clear();
   }
 
-  /// From now on this communicator is of no use, and all other ranks hear why.
-  void tell_all(const std::string& reason) {
-    std::ostringstream text;
-    text << detail::name_of(kind_) << " (collective " << number_ << " of the group) on rank "
-         << rank_ << ": " << reason;
-    failure_ = text.str();
-    memory_->notice = reason.substr(0, kLongestNotice);
+  CommError given_up(const CommError& failure) {
+    cancel_receives();
+    const std::vector<int>& ranks = failure.where().ranks;
+    tell_all(failure.what(), ranks.empty() ? std::vector<int>{rank_} : ranks);
+    return error(current(), failure.what(), ranks);
+  }
+
+  /// The other ranks hear that this one has given up, and why.
+  void tell_all(const std::string& reason, std::vector<int> ranks) {
+    memory_->notice =
+        detail::packed({"rank " + std::to_string(rank_) + " gave up: " + reason, std::move(ranks),
+                        current().name.op, current().name.bucket, current().number});
     for (int peer = 0; peer < size_; ++peer) {
       if (peer == rank_) continue;
       MPI_Request request = MPI_REQUEST_NULL;
-      MPI_Isend(memory_->notice.data(), static_cast<int>(memory_->notice.size()), MPI_CHAR, peer,
+      MPI_Isend(memory_->notice.data(), static_cast<int>(memory_->notice.size()), MPI_BYTE, peer,
                 kNoticeTag, comm_, &request);
     }
   }
@@ -353,12 +351,16 @@ class MpiRank final : public Communicator {
   void leave() noexcept {
     try {
       if (std::uncaught_exceptions() > exceptions_) {
-        tell_all("it left the group while an exception passed");
+        constexpr const char* kReason = "it left the group while an exception passed";
+        tell_all(kReason, {rank_});
+        set_failure(error(current(), kReason));
         return;
       }
+      const CollectiveScope scope(*this, {detail::name_of(Collective::leave)});
       run(Collective::leave, {}, {});
-    } catch (const std::exception& error) {
-      if (!failure_) failure_ = error.what();
+    } catch (const CommError& failure) {
+      set_failure(failure);
+    } catch (const std::exception&) {  // run() has said it
     }
   }
 
@@ -367,14 +369,11 @@ class MpiRank final : public Communicator {
 
   MPI_Comm comm_;
   bool owns_mpi_;
-  MpiOptions options_;
+  std::size_t message_bytes_;
   int rank_ = 0;
   int size_ = 1;
   int exceptions_ = std::uncaught_exceptions();
-  std::uint64_t number_ = 0;  ///< collectives completed
-  Collective kind_ = Collective::exchange;
   Clock::time_point until_;  ///< the deadline of the collective in progress
-  std::optional<std::string> failure_;
   std::unique_ptr<Memory> memory_ = std::make_unique<Memory>();
   std::vector<Pending> pending_;
   std::vector<int> absent_;
@@ -412,7 +411,9 @@ MPI_Comm duplicate(MPI_Comm comm, const char* what, const MpiOptions& options) {
     std::ostringstream text;
     text << what << " on rank " << rank << ": not all of the " << size << " ranks called it within "
          << options.deadline.count() << " ms";
-    throw CommError(text.str());
+    CommError::Where where;
+    where.rank = rank;
+    throw CommError(text.str(), std::move(where));
   }
   check_mpi(MPI_Comm_set_errhandler(*copy, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
   return *copy;

@@ -13,8 +13,11 @@ namespace {
 
 bool has_nccl() { return false; }
 NcclId make_nccl_id() { refuse("make_nccl_id"); }
-std::unique_ptr<Communicator> adopt_nccl(ncclComm*, const Context&) { refuse("adopt_nccl"); }
-std::unique_ptr<Communicator> create_nccl(const NcclId&, int, int, const Context&) {
+std::unique_ptr<Communicator> adopt_nccl(ncclComm*, const Context&, std::chrono::milliseconds) {
+  refuse("adopt_nccl");
+}
+std::unique_ptr<Communicator> create_nccl(const NcclId&, int, int, const Context&,
+                                          std::chrono::milliseconds) {
   refuse("create_nccl");
 }
 

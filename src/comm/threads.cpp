@@ -17,18 +17,27 @@ namespace octet {
 namespace {
 
 using detail::Collective;
-using detail::joined_ranks;
 
 // What one rank brings to the collective in progress; written before the first meeting, read by the
 // others until the last.
 struct Offer {
   Collective kind = Collective::exchange;
+  CollectiveName name;
+  std::uint64_t number = 0;
   std::span<const SendPart> sends;
   std::span<const RecvPart> recvs;
   const void* data = nullptr;  // of all_gather
   std::size_t bytes = 0;
   const Event* ready = nullptr;  // what the rank sends is in place
   const Event* done = nullptr;   // the rank has copied what it receives
+};
+
+// Why the group came to its end; every rank makes an error of its own of it.
+struct GroupFailure {
+  std::string reason;
+  std::vector<int> ranks;
+  CollectiveName name = {};  // the collective in which it was noticed; number 0: outside of any
+  std::uint64_t number = 0;
 };
 
 struct Slot {
@@ -58,7 +67,7 @@ struct ThreadGroup::State {
   std::vector<Slot> slots;
   const std::chrono::milliseconds deadline;
   std::optional<DeviceType> device;  // of every rank's context
-  std::optional<std::string> aborted;
+  std::optional<GroupFailure> aborted;
   std::uint64_t meetings = 0;  // first meetings completed so far
   int here = 0;                // ranks at the first meeting in progress
   int copying = 0;             // ranks that still have to come to the second meeting
@@ -68,21 +77,24 @@ struct ThreadGroup::State {
   Slot& slot(int rank) { return slots[static_cast<std::size_t>(rank)]; }
   const Offer& offer(int rank) const { return slots[static_cast<std::size_t>(rank)].offer; }
 
-  // The functions below are called with the mutex held.
-  void abort_locked(const std::string& reason) {
-    if (!aborted.has_value()) aborted = reason;
+  // The functions below are called with the mutex held. They throw GroupFailure.
+  void abort_locked(const GroupFailure& failure) {
+    if (!aborted.has_value()) aborted = failure;
     changed.notify_all();
   }
-  [[noreturn]] void abort_and_throw(const std::string& reason) {
-    abort_locked(reason);
-    throw CommError(*aborted);
+  [[noreturn]] void abort_and_throw(const GroupFailure& failure) {
+    abort_locked(failure);
+    throw GroupFailure(*aborted);
   }
   void throw_if_aborted() const {
-    if (aborted.has_value()) throw CommError(*aborted);
+    if (aborted.has_value()) throw GroupFailure(*aborted);
   }
-  std::string absent(const char* what) const;
+  GroupFailure absent(const Offer& offer) const;
   bool somebody_left() const;
-  std::string mismatch() const;
+  std::optional<GroupFailure> mismatch() const;
+  GroupFailure failure_of(const std::string& reason, std::vector<int> ranks) const {
+    return {reason, std::move(ranks), offer(0).name, offer(0).number};
+  }
   std::string exchange_mismatch(int from, int to) const;
   void complete_first_meeting();
 
@@ -90,22 +102,22 @@ struct ThreadGroup::State {
   void meet_again(int& outstanding);
 };
 
-// "rank 2 of 4 did not come to exchange 7 within 50 ms".
-std::string ThreadGroup::State::absent(const char* what) const {
+// "rank 2 of 4 did not come within 50 ms".
+GroupFailure ThreadGroup::State::absent(const Offer& offer) const {
   std::vector<int> missing, left;
   for (int r = 0; r < size(); ++r) {
     const Slot& slot = slots[static_cast<std::size_t>(r)];
     if (!slot.arrived) (slot.left ? left : missing).push_back(r);
   }
+  const std::vector<int>& ranks = left.empty() ? missing : left;
   std::ostringstream text;
-  text << what << " (collective " << meetings << " of the group): ";
+  text << to_string_of_ranks(ranks) << " of " << size();
   if (!left.empty()) {
-    text << joined_ranks(left) << " of " << size() << " left the group without calling it";
+    text << " left the group without calling it";
   } else {
-    text << joined_ranks(missing) << " of " << size() << " did not come within " << deadline.count()
-         << " ms";
+    text << " did not come within " << deadline.count() << " ms";
   }
-  return text.str();
+  return {text.str(), ranks, offer.name, offer.number};
 }
 
 bool ThreadGroup::State::somebody_left() const {
@@ -131,14 +143,15 @@ std::string ThreadGroup::State::exchange_mismatch(int from, int to) const {
   return detail::too_many_sends(from, to, k);
 }
 
-// Empty when all offers fit together.
-std::string ThreadGroup::State::mismatch() const {
+// Nothing when all offers fit together.
+std::optional<GroupFailure> ThreadGroup::State::mismatch() const {
   for (int r = 1; r < size(); ++r) {
-    if (offer(r).kind != offer(0).kind) {
-      return detail::different_collectives(0, offer(0).kind, r, offer(r).kind);
-    }
+    const std::string first = detail::described(offer(0).name, offer(0).kind);
+    const std::string other = detail::described(offer(r).name, offer(r).kind);
+    if (first != other) return failure_of(detail::different_calls(0, first, r, other), {0, r});
     if (offer(r).bytes != offer(0).bytes) {
-      return detail::different_contributions(0, offer(0).bytes, r, offer(r).bytes);
+      return failure_of(detail::different_contributions(0, offer(0).bytes, r, offer(r).bytes),
+                        {0, r});
     }
   }
   if (offer(0).kind == Collective::all_gather) return {};
@@ -146,15 +159,15 @@ std::string ThreadGroup::State::mismatch() const {
     for (int to = 0; to < size(); ++to) {
       if (from == to) continue;
       const std::string difference = exchange_mismatch(from, to);
-      if (!difference.empty()) return difference;
+      if (!difference.empty()) return failure_of(difference, {from, to});
     }
   }
   return {};
 }
 
 void ThreadGroup::State::complete_first_meeting() {
-  const std::string difference = mismatch();
-  if (!difference.empty()) abort_and_throw(difference);
+  const std::optional<GroupFailure> difference = mismatch();
+  if (difference.has_value()) abort_and_throw(*difference);
   for (Slot& slot : slots) slot.arrived = false;
   here = 0;
   copying = size();
@@ -180,7 +193,7 @@ void ThreadGroup::State::meet(int rank, const Offer& offer) {
   if (meetings != meeting)
     return;  // complete: even if aborted since, the others count on this rank
   throw_if_aborted();
-  if (!in_time || somebody_left()) abort_and_throw(absent(detail::name_of(offer.kind)));
+  if (!in_time || somebody_left()) abort_and_throw(absent(offer));
 }
 
 // The later meetings. They cannot hang, because between meetings nobody waits for another. No rank
@@ -197,7 +210,11 @@ namespace {
 class ThreadRank final : public Communicator {
  public:
   ThreadRank(std::shared_ptr<ThreadGroup::State> state, int rank, const Context& ctx)
-      : Communicator(ctx), state_(std::move(state)), rank_(rank), ready_(ctx), done_(ctx) {}
+      : Communicator(ctx, state->deadline),
+        state_(std::move(state)),
+        rank_(rank),
+        ready_(ctx),
+        done_(ctx) {}
 
   ~ThreadRank() override {
     const std::lock_guard lock(state_->mutex);
@@ -234,13 +251,29 @@ class ThreadRank final : public Communicator {
     });
   }
 
+  void do_check() override {
+    const std::lock_guard lock(state_->mutex);
+    if (state_->aborted.has_value()) throw error_of(*state_->aborted);
+  }
+
  private:
+  CommError error_of(const GroupFailure& failure) const {
+    const Watched theirs{failure.name, failure.number};
+    return error(current().number > 0 ? current() : theirs, failure.reason, failure.ranks);
+  }
+
   template <class Copy>
   void collective(Offer& offer, Copy copy) {
     ready_.record();
     offer.ready = &ready_;
     offer.done = &done_;
-    state_->meet(rank_, offer);
+    offer.name = current().name;
+    offer.number = current().number;
+    try {
+      state_->meet(rank_, offer);
+    } catch (const GroupFailure& failure) {
+      throw error_of(failure);
+    }
     guarded([&] {
       copy();
       done_.record();
@@ -266,7 +299,10 @@ class ThreadRank final : public Communicator {
     } catch (const std::exception& error) {
       failure_ = std::current_exception();
       const std::lock_guard lock(state_->mutex);
-      state_->abort_locked("rank " + std::to_string(rank_) + " failed: " + error.what());
+      state_->abort_locked({"rank " + std::to_string(rank_) + " failed: " + error.what(),
+                            {rank_},
+                            current().name,
+                            current().number});
     }
   }
 
@@ -317,7 +353,7 @@ std::unique_ptr<Communicator> ThreadGroup::join(int rank, const Context& ctx) {
 
 void ThreadGroup::abort(const std::string& reason) {
   const std::lock_guard lock(state_->mutex);
-  state_->abort_locked(reason);
+  state_->abort_locked({.reason = reason, .ranks = {}});
 }
 
 }  // namespace octet

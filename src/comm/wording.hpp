@@ -4,7 +4,9 @@
 
 #include <sstream>
 #include <string>
-#include <vector>
+#include <string_view>
+
+#include "octet/comm/communicator.hpp"
 
 namespace octet::detail {
 
@@ -19,18 +21,16 @@ inline const char* name_of(Collective kind) {
   }
 }
 
-/// "rank 2" or "ranks 0, 3".
-inline std::string joined_ranks(const std::vector<int>& ranks) {
-  std::ostringstream text;
-  text << (ranks.size() == 1 ? "rank " : "ranks ");
-  for (std::size_t i = 0; i < ranks.size(); ++i) text << (i == 0 ? "" : ", ") << ranks[i];
-  return text.str();
+/// "two_shot of bucket 3 (exchange)".
+inline std::string described(const CollectiveName& name, Collective kind) {
+  std::string text = to_string(name);
+  if (name.op != std::string_view(name_of(kind))) text += std::string(" (") + name_of(kind) + ")";
+  return text;
 }
 
-inline std::string different_collectives(int a, Collective of_a, int b, Collective of_b) {
+inline std::string different_calls(int a, const std::string& of_a, int b, const std::string& of_b) {
   std::ostringstream text;
-  text << "rank " << a << " called " << name_of(of_a) << " while rank " << b << " called "
-       << name_of(of_b);
+  text << "rank " << a << " called " << of_a << " while rank " << b << " called " << of_b;
   return text.str();
 }
 

@@ -142,6 +142,7 @@ void Engine::add_gradient(ParamId id, const TensorView& gradient) {
   require(!p.has_gradient, "parameter \"", p.spec.name,
           "\" has a gradient already; one per parameter and step is allowed (sum the uses of a "
           "shared parameter first)");
+  e.comm.check();
   e.store_gradient(p, gradient);
   p.has_gradient = true;
 }
@@ -164,6 +165,7 @@ StepResult Engine::step(const StepOptions& options) {
           "Engine::step: lr is ", options.lr, "; it must be finite and not negative");
   require(options.max_norm >= 0.0f && std::isfinite(options.max_norm), "Engine::step: max_norm is ",
           options.max_norm, "; it must be finite and positive, or 0 for no clipping");
+  e.comm.check();  // nothing is changed after a collective has failed
   for (Impl::Param& p : e.params) {
     if (!std::exchange(p.has_gradient, false)) {
       zero_bytes(e.ctx, p.gradient.view().data, p.gradient.bytes());

@@ -238,7 +238,8 @@ void Engine::Impl::allocate_communication() {
       for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
     }
     TensorScale* scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
-    bucket.reducer = std::make_unique<MeanReducer>(comm, path, tensors, scales, owners);
+    const int number = static_cast<int>(&bucket - buckets.data());
+    bucket.reducer = std::make_unique<MeanReducer>(comm, path, tensors, scales, owners, number);
     predicted += bucket.reducer->buffer_bytes();
     plan.wire_bytes_per_step += bucket.reducer->payload_bytes();
   }

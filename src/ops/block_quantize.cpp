@@ -81,10 +81,14 @@ void block_quantize(const Context& ctx, const BlockQuantizeArgs& args) {
   check_transposed(ctx, args);
   check_column_sums(ctx, args.in, args.column_sums, column_sum_rows(args.in.shape[0]),
                     "block_quantize");
-  check_apart("block_quantize", {named("the input", args.in), named("the output", args.out.data),
+  require(reinterpret_cast<std::uintptr_t>(args.amax) % alignof(float) == 0,
+          "block_quantize: amax is at ", args.amax, "; it must be aligned to 4 bytes");
+  check_apart("block_quantize", {named("the input", args.in),
+                                 named("the output", args.out.data),
                                  scales_of("the output's scales", args.out),
                                  named("the transposed output", args.transposed.data),
                                  scales_of("the transposed output's scales", args.transposed),
+                                 {"amax", args.amax, sizeof(float)},
                                  named("column_sums", args.column_sums)});
   // Without an element there is no byte of scales and no sum of columns either.
   if (numel != 0) backend_of(ctx).block_quantize(ctx, args);

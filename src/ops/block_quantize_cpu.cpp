@@ -123,8 +123,10 @@ void cast_all(const BlockQuantizeArgs& args) {
 }  // namespace
 
 void block_quantize(const Context&, const BlockQuantizeArgs& args) {
-  if (args.nonfinite != nullptr && !is_finite_bits(magnitude_bits(amax_of(args.in)))) {
-    *args.nonfinite = 1;
+  if (args.nonfinite != nullptr || args.amax != nullptr) {
+    const float amax = amax_of(args.in);
+    if (args.amax != nullptr) raise_amax(*args.amax, amax);
+    if (args.nonfinite != nullptr && !is_finite_bits(magnitude_bits(amax))) *args.nonfinite = 1;
   }
   if (!args.column_sums.empty()) sum_tiles(args.in, args.column_sums);
   const BlockScaledView& to = args.out.data.empty() ? args.transposed : args.out;

@@ -32,6 +32,8 @@ void max_amax(const Context& ctx, const TensorScale* gathered, int ranks, std::i
 
 /// Largest magnitude; NaN before infinity before all else.
 float amax_of(const TensorView& in);
+/// Raises what casts before have recorded, as an unsigned-integer maximum over bits.
+void raise_amax(float& recorded, float amax);
 /// What QuantizeArgs::column_sums defines.
 void sum_tiles(const TensorView& in, const TensorView& sums);
 

@@ -81,6 +81,10 @@ float amax_of(const TensorView& in) {
   });
 }
 
+void raise_amax(float& recorded, float amax) {
+  if (float_bits(amax) > float_bits(recorded)) recorded = amax;
+}
+
 void sum_tiles(const TensorView& in, const TensorView& sums) {
   constexpr std::int64_t kRows = 128, kLanes = 32;
   const std::int64_t rows = in.shape[0], columns = in.shape[1], panels = sums.shape[0];
@@ -107,8 +111,8 @@ void quantize(const Context&, const QuantizeArgs& args) {
   TensorScale& scale = *args.out.scale;
   if (args.scaling == Scaling::current) {
     scale = rescaled(scale, amax, args.out.data.dtype);
-  } else if (magnitude_bits(amax) > magnitude_bits(scale.amax)) {
-    scale.amax = amax;
+  } else {
+    raise_amax(scale.amax, amax);
   }
   if (args.scale_copy != nullptr) {
     *args.scale_copy = {.scale_inv = scale.scale_inv, .scale = scale.scale};

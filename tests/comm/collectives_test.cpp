@@ -386,7 +386,7 @@ TEST_CASE("different lists on two ranks end in an error on both") {
     errors[at(comm.rank())] = error_of([&] { gather.run(); });
   });
   CHECK(missing(errors[0], {"part 0", "5 bytes on rank 0", "6 on rank 1"}) == "");
-  CHECK(errors[1] == errors[0]);
+  CHECK(missing(errors[1], {"part 0", "5 bytes on rank 0", "6 on rank 1"}) == "");
 }
 
 TEST_CASE("an empty bucket does nothing and meets nobody") {

@@ -62,7 +62,10 @@ int main(int, char** argv) {
     leave("done; again: " + again);
     return 0;
   } catch (const octet::CommError& error) {
-    leave(std::string("CommError: ") + error.what());
+    const octet::CommError::Where& where = error.where();
+    leave(std::string("CommError: ") + error.what() + "; where: " + where.op + " " +
+          std::to_string(where.collective) + " on " + std::to_string(where.rank) + " because of " +
+          octet::to_string_of_ranks(where.ranks));
     return 3;
   } catch (const octet::Error& error) {
     leave(std::string("Error: ") + error.what());

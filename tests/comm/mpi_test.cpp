@@ -12,6 +12,7 @@
 
 #include "octet/comm/bootstrap.hpp"
 #include "support/catch.hpp"
+#include "support/comm_errors.hpp"
 #include "support/errors.hpp"
 #include "support/mean_ranks.hpp"
 #include "support/ranks.hpp"
@@ -22,6 +23,7 @@ namespace {
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
 using Bytes = std::vector<std::uint8_t>;
+using Ranks = std::vector<int>;
 
 std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 
@@ -29,6 +31,12 @@ int world_size() {
   int size = 0;
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   return size;
+}
+
+int world_rank() {
+  int rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  return rank;
 }
 
 std::unique_ptr<Communicator> adopt(const MpiOptions& options = {.deadline = 30s}) {
@@ -163,7 +171,13 @@ TEST_CASE("a part of another length names both lengths on both sides, and the ot
         "");
   if (comm->rank() > 1) CHECK(missing(error, {"gave up"}) == "");
   // The error stays with the communicator; another one works.
-  CHECK(missing(error_of([&] { comm->all_gather(nullptr, nullptr, 0); }), {"100", "96"}) == "");
+  CHECK(comm->aborted());
+  const auto again = comm_error_of([&] { comm->all_gather(nullptr, nullptr, 0); });
+  REQUIRE(again.has_value());
+  CHECK(again->what() == error);
+  CHECK(again->where().rank == comm->rank());
+  CHECK(again->where().ranks == Ranks{0, 1});
+  CHECK(error_of([&] { comm->synchronize(); }) == error);
   CHECK(exchange_all(*adopt(), {5, 0, 77}) == "");
 }
 
@@ -217,13 +231,72 @@ TEST_CASE("a rank that does not come is named within the deadline") {
     CHECK(missing(error, {"gave up", "rank 1 of"}) == "");
   } else {
     const auto begin = Clock::now();
-    const std::string error = exchange_error(*comm, 1, {}, {});
-    CHECK(missing(error,
-                  {"exchange (collective 1 of the group) on rank " + std::to_string(comm->rank()),
-                   "rank 1 of " + std::to_string(comm->size()), "500 ms"}) == "");
+    const auto error = comm_error_of([&] { comm->exchange({}, {}); });
+    const std::string reason =
+        "rank 1 of " + std::to_string(comm->size()) + " did not come within 500 ms";
+    CHECK(wrong_in(error, comm->rank(), {"exchange"}, 2, {1}, reason) == "");
     CHECK(Clock::now() - begin < 3s);
   }
   CHECK(exchange_all(*adopt(), {9}) == "");
+}
+
+TEST_CASE("check() tells a rank that is in no collective what the others have noticed") {
+  if (world_size() < 2) return;
+  constexpr CollectiveName kName{"two_shot", 3};
+  const auto comm = adopt({.deadline = 300ms});
+  CHECK(comm->deadline() == 300ms);
+  gather_nothing(*comm, {"sharded", 2});
+  const bool absent = comm->rank() == 1;
+  const auto until = Clock::now() + 20s;
+  const auto error = comm_error_of([&] {
+    if (!absent) gather_nothing(*comm, kName);
+    while (Clock::now() < until) comm->check();
+  });
+  CHECK(wrong_in(error, comm->rank(), kName, 2, {1},
+                 "rank 1 of " + std::to_string(comm->size()) + " did not come within 300 ms") ==
+        "");
+  if (absent) CHECK(missing(error->what(), {"gave up"}) == "");
+}
+
+TEST_CASE("different ops and buckets are told apart") {
+  if (world_size() < 2) return;
+  const bool odd = world_rank() == 1;
+  MPI_Comm pair = MPI_COMM_NULL;
+  MPI_Comm_split(MPI_COMM_WORLD, world_rank() < 2 ? 0 : MPI_UNDEFINED, world_rank(), &pair);
+  if (pair == MPI_COMM_NULL) return;
+  const auto check_both = [&](const CollectiveName& name, const std::string& reason) {
+    const auto comm = adopt_mpi(pair, Context::cpu(), {.deadline = 30s});
+    const auto error = comm_error_of([&] { gather_nothing(*comm, name); });
+    CHECK(wrong_in(error, comm->rank(), name, 1, {0, 1}, reason) == "");
+  };
+  check_both(
+      {odd ? "sharded" : "two_shot", 4},
+      "rank 0 called two_shot of bucket 4 (all_gather) while rank 1 called sharded of bucket "
+      "4 (all_gather)");
+  check_both({"two_shot", odd}, "while rank 1 called two_shot of bucket 1 (all_gather)");
+  // Of an op's name 32 bytes are sent.
+  check_both({"abcdefghijklmnopqrstuvwxyz012345678", odd},
+             "rank 0 called abcdefghijklmnopqrstuvwxyz012345 of bucket 0 (all_gather) while");
+  MPI_Comm_free(&pair);
+}
+
+TEST_CASE("broadcast gives every rank the root's bytes; another size names both") {
+  const auto comm = adopt();
+  const int n = comm->size();
+  for (int root = 0; root < n; ++root) {
+    const Bytes expected = pattern(70001, root, root, 0);
+    Bytes data = comm->rank() == root ? expected : Bytes(expected.size());
+    const std::uint64_t before = comm->wire_bytes().payload;
+    comm->broadcast(data.data(), data.size(), root);
+    CHECK(data == expected);
+    const std::size_t sent = comm->rank() == root ? data.size() * at(n - 1) : 0;
+    CHECK(comm->wire_bytes().payload - before == sent);
+  }
+  if (n < 2) return;
+  char bytes[4] = {};
+  const auto error = comm_error_of([&] { comm->broadcast(bytes, comm->rank() == 1 ? 3 : 4, 0); });
+  CHECK(wrong_in(error, comm->rank(), {"broadcast"}, static_cast<std::uint64_t>(n) + 1, {0, 1},
+                 "from rank 0 to rank 1 is 4 bytes on rank 0 but 3 on rank 1") == "");
 }
 
 TEST_CASE("a rank that does not adopt makes the others throw") {
@@ -248,8 +321,13 @@ TEST_CASE("the end waits for a rank that still works, and one that ends early is
   }
   const auto comm = adopt();
   if (comm->rank() == 0) return;
-  const std::string error = exchange_error(*comm, 0, {}, {});
-  CHECK(missing(error, {"rank 0 called the end of the group", "exchange"}) == "");
+  const auto error = comm_error_of([&] { comm->exchange({}, {}); });
+  REQUIRE(error.has_value());
+  REQUIRE(error->where().ranks.size() == 2);
+  const int other = error->where().ranks[1];  // whoever saw it first has told the others
+  CHECK(wrong_in(error, comm->rank(), {"exchange"}, 1, {0, other},
+                 "rank 0 called the end of the group while rank " + std::to_string(other) +
+                     " called exchange") == "");
 }
 
 TEST_CASE("a rank that leaves by an exception tells the others") {
@@ -265,18 +343,16 @@ TEST_CASE("a rank that leaves by an exception tells the others") {
 }
 
 TEST_CASE("the caller's own messages are left alone, and subgroups have their own ranks") {
-  const int n = world_size();
-  int world_rank = 0;
-  MPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
+  const int n = world_size(), own = world_rank();
   int theirs = -1;
   MPI_Request request = MPI_REQUEST_NULL;
   MPI_Irecv(&theirs, 1, MPI_INT, MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &request);
   {
     MPI_Comm reversed = MPI_COMM_NULL;
-    MPI_Comm_split(MPI_COMM_WORLD, world_rank == 0 ? 0 : 1, -world_rank, &reversed);
+    MPI_Comm_split(MPI_COMM_WORLD, own == 0 ? 0 : 1, -own, &reversed);
     const auto comm = adopt_mpi(reversed, Context::cpu());
-    CHECK(comm->size() == (world_rank == 0 ? 1 : n - 1));
-    CHECK(comm->rank() == (world_rank == 0 ? 0 : n - 1 - world_rank));
+    CHECK(comm->size() == (own == 0 ? 1 : n - 1));
+    CHECK(comm->rank() == (own == 0 ? 0 : n - 1 - own));
     CHECK(exchange_all(*comm, {10, 20}) == "");
     MPI_Comm_free(&reversed);
     CHECK(exchange_all(*comm, {30}) == "");  // a duplicate lives on
@@ -284,9 +360,9 @@ TEST_CASE("the caller's own messages are left alone, and subgroups have their ow
   CHECK(exchange_all(*adopt(), {10, 20}) == "");
   CHECK(theirs == -1);
   MPI_Barrier(MPI_COMM_WORLD);
-  MPI_Send(&world_rank, 1, MPI_INT, (world_rank + 1) % n, 1, MPI_COMM_WORLD);
+  MPI_Send(&own, 1, MPI_INT, (own + 1) % n, 1, MPI_COMM_WORLD);
   MPI_Wait(&request, MPI_STATUS_IGNORE);
-  CHECK(theirs == (world_rank + n - 1) % n);
+  CHECK(theirs == (own + n - 1) % n);
 }
 
 TEST_CASE("what cannot be adopted is refused") {
@@ -306,8 +382,7 @@ TEST_CASE("what cannot be adopted is refused") {
 }
 
 TEST_CASE("mpiexec's environment says who this rank is, and bytes of rank 0 travel by MPI") {
-  int rank = 0;
-  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  const int rank = world_rank();
   Launch launch = launch_from_environment();
   CHECK(launch.rank == rank);
   CHECK(launch.size == world_size());

@@ -4,20 +4,10 @@
 // refusals can be tested.
 #include "octet/comm/nccl.hpp"
 
-#include <fcntl.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <chrono>
-#include <csignal>
-#include <cstdio>
-#include <cstdlib>
-#include <fstream>
-#include <thread>
-
 #include "support/catch.hpp"
 #include "support/errors.hpp"
 #include "support/mean_ranks.hpp"
+#include "support/processes.hpp"
 #include "support/random.hpp"
 
 namespace octet::test {
@@ -98,74 +88,19 @@ std::string texts_of(Communicator& comm) {
   return texts == expected ? "" : "the gathered texts differ";
 }
 
-// The id travels in a file that appears with all its bytes at once.
-void publish(const std::string& file, const NcclId& id) {
-  const std::string unfinished = file + ".part";
-  {
-    std::ofstream out(unfinished, std::ios::binary);
-    out.write(reinterpret_cast<const char*>(id.data()), static_cast<std::streamsize>(id.size()));
-  }
-  require(std::rename(unfinished.c_str(), file.c_str()) == 0, "cannot create ", file);
-}
-
-NcclId await(const std::string& file) {
-  const auto until = std::chrono::steady_clock::now() + kPatience;
-  NcclId id{};
-  for (;;) {
-    std::ifstream in(file, std::ios::binary);
-    if (in.read(reinterpret_cast<char*>(id.data()), static_cast<std::streamsize>(id.size()))) {
-      return id;
-    }
-    require(std::chrono::steady_clock::now() < until, "no NCCL id appeared in ", file);
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  }
-}
-
-std::vector<std::string> environment_of(int rank, const std::string& file) {
-  std::vector<std::string> variables;
-  for (char** entry = environ; *entry != nullptr; ++entry) variables.emplace_back(*entry);
-  // First entries win with getenv, so these go in front.
-  const std::vector<std::string> own = {
-      std::string(kRankVariable) + "=" + std::to_string(rank),
-      std::string(kFileVariable) + "=" + file,
-      "NCCL_HOSTID=octet-test-host-" + std::to_string(rank),
-      "NCCL_P2P_DISABLE=1",
-      "NCCL_SHM_DISABLE=1",
-      "NCCL_IB_DISABLE=1",
-  };
-  variables.insert(variables.begin(), own.begin(), own.end());
-  return variables;
-}
-
-// Starts this program again as one rank. Everything is made before fork(), because little is
-// allowed between it and exec.
-pid_t start_rank(int rank, const std::string& file) {
-  std::vector<std::string> variables = environment_of(rank, file);
-  std::vector<char*> environment;
-  for (std::string& variable : variables) environment.push_back(variable.data());
-  environment.push_back(nullptr);
-  std::string program = "/proc/self/exe", test = kChildTest;
-  char* arguments[] = {program.data(), test.data(), nullptr};
-  const pid_t child = fork();
-  if (child == 0) {
-    execve(program.c_str(), arguments, environment.data());
-    _exit(127);
-  }
-  return child;
-}
-
-// Exit status of a child; -1 if it had to be ended.
-int finish(pid_t child, std::chrono::steady_clock::time_point until) {
-  int status = 0;
-  while (waitpid(child, &status, WNOHANG) == 0) {
-    if (std::chrono::steady_clock::now() > until) {
-      kill(child, SIGKILL);
-      waitpid(child, &status, 0);
-      return -1;
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-  }
-  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+std::string broadcast_of(Communicator& comm) {
+  const Context& ctx = comm.context();
+  const int root = comm.size() - 1;
+  std::vector<std::uint8_t> expected(100003, 7);
+  std::vector<std::uint8_t> own = expected;
+  if (comm.rank() != root) own.assign(own.size(), 0);
+  const Buffer data = upload(ctx, own);
+  const std::uint64_t before = comm.wire_bytes().payload;
+  comm.broadcast(data.data(), own.size(), root);
+  const std::uint64_t sent = comm.wire_bytes().payload - before;
+  const std::uint64_t peers = static_cast<std::uint64_t>(comm.size() - 1);
+  if (sent != (comm.rank() == root ? own.size() * peers : 0)) return "payload of broadcast";
+  return first_difference(download<std::uint8_t>(ctx, data.data(), own.size()), expected);
 }
 
 }  // namespace
@@ -210,8 +145,13 @@ TEST_CASE("two NCCL ranks in two processes") {
   REQUIRE(mkdtemp(folder) != nullptr);
   const std::string file = std::string(folder) + "/id";
   std::vector<pid_t> children;
-  for (int rank = 0; rank < kRanks; ++rank) children.push_back(start_rank(rank, file));
-  const auto until = std::chrono::steady_clock::now() + kPatience;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    std::vector<std::string> variables = shared_gpu_variables(rank);
+    variables.push_back(std::string(kRankVariable) + "=" + std::to_string(rank));
+    variables.push_back(std::string(kFileVariable) + "=" + file);
+    children.push_back(start_test(kChildTest, variables));
+  }
+  const auto until = ProcessClock::now() + kPatience;
   for (int rank = 0; rank < kRanks; ++rank) {
     INFO("rank " << rank << "; its own output says what failed");
     CHECK(children[static_cast<std::size_t>(rank)] > 0);
@@ -233,7 +173,7 @@ TEST_CASE("one of the processes", "[.]") {
     id = make_nccl_id();
     publish(file, id);
   } else {
-    id = await(file);
+    id = await(file, kPatience);
   }
   const auto comm = create_nccl(id, rank, kRanks, Context::cuda(0, nullptr));
   CHECK(comm->rank() == rank);
@@ -241,6 +181,8 @@ TEST_CASE("one of the processes", "[.]") {
   CHECK(reductions_of(*comm) == "");
   CHECK(gather_of(*comm) == "");
   CHECK(texts_of(*comm) == "");
+  CHECK(broadcast_of(*comm) == "");
+  comm->synchronize();
 }
 
 }  // namespace octet::test

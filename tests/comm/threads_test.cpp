@@ -164,6 +164,45 @@ TEST_CASE("all_gather holds every rank's block in rank order, in place too") {
   }
 }
 
+TEST_CASE("broadcast gives every rank the root's bytes; the root counts them") {
+  constexpr std::size_t kBytes = 1031;
+  for (DeviceType device : rank_devices()) {
+    for (int n : {1, 2, 3, 8}) {
+      const int root = n / 2;
+      std::vector<Bytes> got(at(n)), then(at(n));
+      std::vector<WireBytes> wire(at(n));
+      run_ranks(
+          n,
+          [&](Communicator& comm) {
+            const Context& ctx = comm.context();
+            const int rank = comm.rank();
+            const Buffer data = upload(ctx, Bytes(kBytes, static_cast<std::uint8_t>(rank + 1)));
+            comm.broadcast(data.data(), kBytes, root);
+            comm.broadcast(nullptr, 0, root);
+            got[at(rank)] = download<std::uint8_t>(ctx, data.data(), kBytes);
+            zero_bytes(ctx, data.data(), rank == 0 ? 7 : 0);
+            comm.broadcast(data.data(), 7, 0, Traffic::metadata);
+            then[at(rank)] = download<std::uint8_t>(ctx, data.data(), 8);
+            wire[at(rank)] = comm.wire_bytes();
+          },
+          device);
+      const auto value = static_cast<std::uint8_t>(root + 1);
+      Bytes expected(8, 0);
+      expected[7] = value;
+      for (int r = 0; r < n; ++r) {
+        CAPTURE(n, r);
+        CHECK(first_difference(got[at(r)], Bytes(kBytes, value)) == "");
+        CHECK(first_difference(then[at(r)], expected) == "");
+        CHECK(wire[at(r)].payload == (r == root ? kBytes * at(n - 1) : 0));
+        CHECK(wire[at(r)].metadata == (r == 0 ? 7 * at(n - 1) : 0));
+      }
+    }
+  }
+  const auto alone = make_single(Context::cpu());
+  CHECK(contains(error_of([&] { alone->broadcast(nullptr, 0, 1); }), "root is 1"));
+  CHECK(contains(error_of([&] { alone->broadcast(nullptr, 4, 0); }), "null pointer"));
+}
+
 TEST_CASE("metadata sent by exchange is counted as metadata") {
   std::vector<WireBytes> wire(2);
   run_ranks(2, [&](Communicator& comm) {
@@ -271,7 +310,7 @@ TEST_CASE("a rank that leaves is noticed at once") {
   });
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(30));
   CHECK(contains(errors[0], "rank 2 of 3 left the group"));
-  CHECK(errors[1] == errors[0]);
+  CHECK(contains(errors[1], "rank 2 of 3 left the group"));
 }
 
 TEST_CASE("a late rank is waited for") {
@@ -361,7 +400,7 @@ TEST_CASE("after an error the group stays aborted, and a new group works") {
     later[at(comm.rank())] = comm_error_of([&] { comm.all_gather(own.data(), all.data(), 4); });
   });
   CHECK(contains(later[0], "rank 0 contributes 1 bytes but rank 1 2"));
-  CHECK(later[1] == later[0]);
+  CHECK(contains(later[1], "rank 0 contributes 1 bytes but rank 1 2"));
   std::vector<std::string> fresh(2, "did not run");
   run_ranks(2, [&](Communicator& comm) { fresh[at(comm.rank())] = exchange_rounds(comm); });
   CHECK(fresh == std::vector<std::string>(2));
@@ -377,7 +416,7 @@ TEST_CASE("abort from outside ends the waiting") {
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   group.abort("the trainer was interrupted");
   waiting.join();
-  CHECK(error == "the trainer was interrupted");
+  CHECK(contains(error, "the trainer was interrupted"));
 }
 
 TEST_CASE("a communicator may outlive its group") {

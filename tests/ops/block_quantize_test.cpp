@@ -34,13 +34,15 @@ TEST_CASE("block casts follow their definition in every shape") {
       for (std::int64_t columns : kSizes) {
         for (const BlockKind& kind : kKinds) {
           const std::uint32_t n = seed++;
-          const BlockCase c{.in = kInputs[n % 3],
-                            .out = kOutputs[n / 3 % 2],
-                            .shape = {rows, columns},
-                            .kind = kind,
-                            .padded = n % 5 == 0,
-                            .sums = n % 2 == 0,
-                            .counts = n % 7 != 0};
+          BlockCase c{.in = kInputs[n % 3],
+                      .out = kOutputs[n / 3 % 2],
+                      .shape = {rows, columns},
+                      .kind = kind,
+                      .padded = n % 5 == 0,
+                      .sums = n % 2 == 0,
+                      .counts = n % 7 != 0,
+                      .flags = n % 11 != 0};
+          if (n % 5 != 1) c.amax = n % 13 == 0 ? 1e9f : 0.0f;
           check_by_definition(ctx, c, block_values(c.shape, n));
         }
       }
@@ -65,7 +67,9 @@ TEST_CASE("block casts follow their definition for every format and set of outpu
                                  .transposed = what != 0,
                                  .padded = what == 2,
                                  .sums = what < 2,
-                                 .counts = what != 2},
+                                 .counts = what != 2,
+                                 .flags = what == 2,
+                                 .amax = 0.0f},
                                 values);
           }
         }
@@ -87,7 +91,8 @@ TEST_CASE("block casts of a prime number of rows or columns follow their definit
                                .kind = kind,
                                .padded = in == DType::f32,
                                .sums = true,
-                               .counts = true},
+                               .counts = true,
+                               .amax = 0.0f},
                               block_values(shape, 11));
         }
       }
@@ -101,7 +106,7 @@ TEST_CASE("block casts at every address have the CPU's bits") {
     for (const BlockKind& kind : kKinds) {
       for (DType in : kInputs) {
         for (const Shape& shape : {Shape{128, 256}, Shape{257, 136}, Shape{130, 33}}) {
-          BlockCase c{.in = in, .shape = shape, .kind = kind, .counts = true};
+          BlockCase c{.in = in, .shape = shape, .kind = kind, .counts = true, .amax = 0.0f};
           const std::vector<float> values = block_values(shape, 12);
           const BlockResult expected = run_blocks(Context::cpu(), c, values);
           for (std::int64_t offset : {0, 1, 4, 8}) {
@@ -125,7 +130,8 @@ TEST_CASE("a device's block casts of a large matrix have the CPU's bits") {
   const std::vector<float> values = block_values(shape, 13);
   for (const BlockKind& kind : kKinds) {
     for (DType in : kInputs) {
-      const BlockCase c{.in = in, .shape = shape, .kind = kind, .sums = true, .counts = true};
+      const BlockCase c{
+          .in = in, .shape = shape, .kind = kind, .sums = true, .counts = true, .amax = 0.0f};
       INFO(describe(Context::cuda(0, nullptr), c));
       check_equal(run_blocks(Context::cuda(0, nullptr), c, values),
                   run_blocks(Context::cpu(), c, values));
@@ -170,7 +176,8 @@ TEST_CASE("zeros, subnormals, ties, infinities and NaN keep to their blocks") {
                                  .shape = shape,
                                  .kind = kind,
                                  .padded = true,
-                                 .counts = true},
+                                 .counts = true,
+                                 .amax = 0.0f},
                                 values);
           }
         }
@@ -211,6 +218,92 @@ TEST_CASE(
         values[130 * 256 + 140] = 3.0f;
         CHECK(run_blocks(ctx, c, values).flag == 0);
       }
+    }
+  }
+}
+
+TEST_CASE("the amax of block casts is the largest magnitude wherever it is, and only rises") {
+  const Shape shape{140, 264};
+  for (const Context& ctx : test_contexts()) {
+    for (const BlockKind& kind : kKinds) {
+      for (DType in : kInputs) {
+        for (int what = 0; what < 3; ++what) {
+          BlockCase c{.in = in,
+                      .shape = shape,
+                      .kind = kind,
+                      .row_major = what != 1,
+                      .transposed = what != 0,
+                      .flags = false,
+                      .amax = 0.0f};
+          const std::vector<float> zeros(140 * 264, 0.0f), ones(140 * 264, -1.0f);
+          CHECK(bits_of(run_blocks(ctx, c, zeros).amax) == 0);
+          for (std::size_t row : {0, 5, 127, 128, 139}) {
+            for (std::size_t column : {0, 127, 133, 263}) {
+              std::vector<float> values = ones;
+              values[row * 264 + column] = row % 2 == 0 ? 7.0f : -7.0f;
+              c.amax = 0.0f;
+              INFO(describe(ctx, c) << ", at " << row << ", " << column);
+              CHECK(run_blocks(ctx, c, values).amax == 7.0f);
+            }
+          }
+          std::vector<float> values = ones;
+          values[139 * 264 + 263] = 7.0f;
+          for (float before : {6.5f, 7.0f, 7.5f, INFINITY}) {
+            c.amax = before;
+            INFO(describe(ctx, c));
+            CHECK(run_blocks(ctx, c, values).amax == std::max(before, 7.0f));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("NaN and infinity stay in the amax of block casts") {
+  const Shape shape{140, 264};
+  for (const Context& ctx : test_contexts()) {
+    for (const BlockKind& kind : kKinds) {
+      for (DType in : kInputs) {
+        for (bool row_major : {true, false}) {
+          BlockCase c{.in = in,
+                      .shape = shape,
+                      .kind = kind,
+                      .row_major = row_major,
+                      .transposed = !row_major,
+                      .flags = false,
+                      .amax = 3.0f};
+          std::vector<float> infinite = normal_values(140 * 264, 21), broken;
+          infinite[130 * 264 + 9] = -INFINITY;
+          broken = infinite;
+          broken[77] = -NAN;
+          INFO(describe(ctx, c));
+          CHECK(run_blocks(ctx, c, infinite).amax == INFINITY);
+          const float nan = run_blocks(ctx, c, broken).amax;
+          CHECK(std::isnan(nan));
+          CHECK(bits_of(nan) == bits_of(run_blocks(Context::cpu(), c, broken).amax));
+          c.amax = nan;
+          CHECK(bits_of(run_blocks(ctx, c, infinite).amax) == bits_of(nan));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("several block casts record the largest magnitude of all") {
+  for (const Context& ctx : test_contexts()) {
+    for (const BlockKind& kind : kKinds) {
+      const Buffer in = upload<float>(ctx, {2.0f, -5.0f, 3.0f}), codes(ctx, 16);
+      const Buffer scales(ctx, ScalePlaces{kind, 1, 1}.bytes()), amax = upload<float>(ctx, {0.0f});
+      for (int i = 0; i < 3; ++i) {
+        block_quantize(ctx, {.in = {in.as<float>() + i, DType::f32, {1, 1}, ctx.device()},
+                             .out = {{codes.data(), DType::e4m3, {1, 1}, ctx.device()},
+                                     kind.granularity,
+                                     kind.layout,
+                                     scales.data()},
+                             .amax = amax.as<float>()});
+      }
+      INFO(to_string(kind) << " on " << octet::to_string(ctx.device()));
+      CHECK(download_one<float>(ctx, amax.data()) == 5.0f);
     }
   }
 }

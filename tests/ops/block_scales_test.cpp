@@ -322,6 +322,18 @@ TEST_CASE("what does not fit a block cast is refused by name") {
                 {"the transposed output (1280", "the output (800"}) == "");
     CHECK(lacks([&](Args& a) { a.column_sums.data = a.transposed.data.data; },
                 {"column_sums", "the transposed output"}) == "");
+    const auto amax_at = [&](std::int64_t at) {
+      return error_with(
+          [&](Args& a) { a.amax = reinterpret_cast<float*>(memory.as<char>() + at); });
+    };
+    CHECK(amax_at(3200) == "no error");
+    CHECK(missing(amax_at(3202), {"amax is at", "aligned to 4"}) == "");
+    CHECK(missing(amax_at(3196), {"amax (4 bytes", "the input (3200"}) == "");
+    CHECK(missing(amax_at(4096), {"amax", "the output (800"}) == "");
+    CHECK(missing(amax_at(8192), {"amax", "the output's scales"}) == "");
+    CHECK(missing(amax_at(12288), {"amax", "the transposed output (1280"}) == "");
+    CHECK(missing(amax_at(16384), {"amax", "the transposed output's scales"}) == "");
+    CHECK(missing(amax_at(20480 + 156), {"amax", "column_sums"}) == "");
     ctx.synchronize();
   }
 }

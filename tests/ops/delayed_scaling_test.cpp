@@ -146,6 +146,46 @@ TEST_CASE("several casts of a step record their largest amax once, all with one 
   }
 }
 
+TEST_CASE("casts and updates that are enqueued in a row wait for one another") {
+  constexpr int kSteps = 16;
+  constexpr std::int64_t kCount = 1 << 17;
+  for (const Context& ctx : test_contexts()) {
+    const DelayedScalingConfig config{.amax_history_len = kSteps,
+                                      .amax_compute_algo = AmaxComputeAlgo::most_recent};
+    const ScaledTensor out(ctx, DType::e4m3, {kCount});
+    DelayedScaling scaling(ctx, config, {{out.view().scale, DType::e4m3}});
+    Reference reference(config, DType::e4m3);
+    std::vector<float> all, amaxes, scales;
+    for (int t = 0; t < kSteps; ++t) {
+      const std::vector<float> values =
+          normal_values(kCount, static_cast<std::uint32_t>(t), std::ldexp(1.0f, t * 5 % 13));
+      float largest = 0.0f;
+      for (float value : values) largest = std::max(largest, std::abs(value));
+      all.insert(all.end(), values.begin(), values.end());
+      amaxes.push_back(largest);
+      scales.push_back(reference.scale());
+      reference.step(largest);
+    }
+    const Buffer in = upload(ctx, all);
+    const Buffer taken = upload<TensorScale>(ctx, std::vector<TensorScale>(kSteps));
+    for (int t = 0; t < kSteps; ++t) {
+      quantize(ctx, {.in = {in.as<float>() + t * kCount, DType::f32, {kCount}, ctx.device()},
+                     .out = out.view(),
+                     .scaling = Scaling::given,
+                     .scale_copy = taken.as<TensorScale>() + t});
+      scaling.update();
+    }
+    INFO(to_string(ctx.device()));
+    CHECK(first_difference(download<float>(ctx, scaling.history(), kSteps), amaxes) == "");
+    const auto copies = download<TensorScale>(ctx, taken.data(), kSteps);
+    for (int t = 0; t < kSteps; ++t) {
+      INFO("step " << t);
+      CHECK(copies[static_cast<std::size_t>(t)].scale == scales[static_cast<std::size_t>(t)]);
+    }
+    CHECK(download_one<TensorScale>(ctx, out.view().scale).scale == reference.scale());
+  }
+}
+
 TEST_CASE("delayed scaling that could not work is refused by name") {
   for (const Context& ctx : test_contexts()) {
     const Buffer scale = upload<TensorScale>(ctx, {{}});

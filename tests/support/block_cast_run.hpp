@@ -3,6 +3,8 @@
 // in double precision. Nothing here uses the library's conversions, scales or layouts.
 #pragma once
 
+#include <optional>
+
 #include "octet/ops/block_quantize.hpp"
 #include "support/cast_run.hpp"
 
@@ -155,8 +157,10 @@ struct BlockCase {
   DType in = DType::f32, out = DType::e4m3;
   Shape shape = {};
   BlockKind kind = kKinds[0];
-  bool row_major = true, transposed = true, padded = false, sums = false, counts = false;
-  std::int64_t offset = 0;  ///< elements before the first in all buffers but those of scales
+  bool row_major = true, transposed = true, padded = false, sums = false, counts = false,
+       flags = true;
+  std::optional<float> amax = {};  ///< what is recorded before, if amax is wanted
+  std::int64_t offset = 0;         ///< elements before the first in all buffers but those of scales
 
   Shape data() const { return {padded ? rounded_up(shape[0], 16) : shape[0], shape[1]}; }
   Shape turned_data() const { return {shape[1], rounded_up(shape[0], 16)}; }
@@ -167,7 +171,8 @@ inline std::string describe(const Context& ctx, const BlockCase& c) {
   text << octet::to_string(ctx.device()) << ", " << name_of(c.in) << " -> " << name_of(c.out)
        << ", " << to_string(c.kind) << ", " << octet::to_string(c.shape) << ", row-major "
        << c.row_major << ", transposed " << c.transposed << ", padded " << c.padded << ", sums "
-       << c.sums << ", counts " << c.counts << ", offset " << c.offset;
+       << c.sums << ", counts " << c.counts << ", flags " << c.flags << ", amax "
+       << (c.amax ? std::to_string(*c.amax) : "none") << ", offset " << c.offset;
   return text.str();
 }
 
@@ -176,6 +181,7 @@ struct BlockResult {
   std::vector<float> sums;
   CastCounters counters;
   std::uint32_t flag = 0;
+  float amax = 0;
 };
 
 /// Device memory of one output, guarded, and its view; nothing where it is not wanted.
@@ -222,6 +228,8 @@ inline BlockResult run_blocks(const Context& ctx, const BlockCase& c,
   const Guarded sums(ctx, static_cast<std::size_t>(summed.numel()) * sizeof(float));
   const Buffer counters = upload<CastCounters>(ctx, {{1000, 2000}});
   const Buffer flag = upload<std::uint32_t>(ctx, {0});
+  const Guarded amax(ctx, sizeof(float));
+  write_one(ctx, amax.data(), c.amax.value_or(0.0f));
   BlockQuantizeArgs args;
   args.in = view_of(ctx, in, c.in, c.shape);
   if (args.in.data != nullptr) {
@@ -230,7 +238,8 @@ inline BlockResult run_blocks(const Context& ctx, const BlockCase& c,
   }
   args.out = out.view();
   args.transposed = transposed.view();
-  args.nonfinite = flag.as<std::uint32_t>();
+  if (c.flags) args.nonfinite = flag.as<std::uint32_t>();
+  if (c.amax) args.amax = static_cast<float*>(amax.data());
   if (c.sums) args.column_sums = sums.view(DType::f32, summed);
   if (c.counts) args.counters = counters.as<CastCounters>();
   block_quantize(ctx, args);
@@ -241,6 +250,8 @@ inline BlockResult run_blocks(const Context& ctx, const BlockCase& c,
   CHECK(sums.intact());
   result.counters = download_one<CastCounters>(ctx, counters.data());
   result.flag = download_one<std::uint32_t>(ctx, flag.data());
+  result.amax = amax.values<float>().front();
+  CHECK(amax.intact());
   return result;
 }
 
@@ -256,6 +267,8 @@ inline void check_equal(const BlockResult& a, const BlockResult& b) {
   CHECK(a.counters.saturated == b.counters.saturated);
   CHECK(a.counters.flushed == b.counters.flushed);
   CHECK(a.flag == b.flag);
+  // Which NaN it is the tables of the formats do not say.
+  CHECK((bits_of(a.amax) == bits_of(b.amax) || (std::isnan(a.amax) && std::isnan(b.amax))));
 }
 
 /// All that a cast should leave.
@@ -282,7 +295,15 @@ inline BlockResult expected_blocks(const BlockCase& c, const std::vector<float>&
     }
   }
   const auto is_bad = [](double value) { return !std::isfinite(value); };
-  result.flag = std::any_of(stored.begin(), stored.end(), is_bad) ? 1 : 0;
+  result.flag = c.flags && std::any_of(stored.begin(), stored.end(), is_bad) ? 1 : 0;
+  if (c.amax) {
+    result.amax = *c.amax;
+    for (double value : stored) {
+      const auto magnitude = static_cast<float>(std::abs(value));
+      if (std::isnan(result.amax)) break;
+      if (std::isnan(magnitude) || magnitude > result.amax) result.amax = magnitude;
+    }
+  }
   return result;
 }
 

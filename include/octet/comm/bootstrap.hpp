@@ -71,7 +71,7 @@ struct Rendezvous {
   /// Carrier::file: a name in a folder that all ranks see. Files whose names begin with it are made
   /// and removed. Two jobs at once without a job id need two names.
   std::string path = {};
-  std::chrono::milliseconds deadline = std::chrono::minutes(5);
+  std::chrono::milliseconds deadline = kCommDeadline;
 };
 
 constexpr std::size_t kMaxRendezvousBytes = 4096;
@@ -95,8 +95,8 @@ std::vector<std::byte> broadcast_from_root(const Launch& launch, std::span<const
 
 /// The communicator that fits: one rank: make_single; on a CPU MPI (create_mpi); on a GPU NCCL,
 /// with an id that broadcast_from_root carries. With several ranks on a host the context should be
-/// on Context::cuda(launch.local_rank, ...). `rendezvous.deadline` is MPI's deadline too. Throws
-/// octet::Error saying what to do where nothing fits.
+/// on Context::cuda(launch.local_rank, ...). `rendezvous.deadline` is the communicator's too.
+/// Throws octet::Error saying what to do where nothing fits.
 std::unique_ptr<Communicator> make_communicator(const Context& ctx, const Launch& launch,
                                                 const Rendezvous& rendezvous = {});
 

@@ -35,13 +35,14 @@ class MeanReducer {
 
   /// `scales` are the tensors' scales, one after the other in device memory: on entry of run() this
   /// rank's own, afterwards the common ones of the means with amax = the bound A. They must stay
-  /// where they are.
+  /// where they are. `bucket` is the number that errors name.
   MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
-              TensorScale* scales, const Owners& owners);
+              TensorScale* scales, const Owners& owners, int bucket = -1);
 
   /// Enqueues the collective on the communicator's stream. Raises *nonfinite (a device word) when
   /// any rank's amax is not finite. Deterministic: same bits for every transport, bucket size and
-  /// run. With one rank two_shot leaves the bytes alone and only replaces amax by A.
+  /// run. With one rank two_shot leaves the bytes alone and only replaces amax by A. Watched as one
+  /// collective; throws CommError if it or an earlier one failed.
   void run(std::uint32_t* nonfinite);
 
   /// Payload bytes that run() makes this rank send.
@@ -55,6 +56,7 @@ class MeanReducer {
 
   Communicator& comm_;
   Path path_;
+  CollectiveName name_;
   MeanArgs args_;
   TensorScale* scales_;
   std::vector<SendPart> sends_, gather_sends_;

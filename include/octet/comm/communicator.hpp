@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -33,13 +36,28 @@ struct WireBytes {
   std::uint64_t metadata = 0;
 };
 
+/// What a collective is called in errors.
+struct CollectiveName {
+  const char* op = "collective";  ///< a string literal
+  int bucket = -1;                ///< of gradients; -1: belongs to none
+};
+
+/// How long a collective may take once this rank has come to it, unless a communicator is told
+/// otherwise.
+inline constexpr std::chrono::milliseconds kCommDeadline = std::chrono::minutes(5);
+
 /// The ranks of a data-parallel group, each bound to one Context. Collectives are enqueued on that
 /// context's stream, in the same order on every rank; the memory is the context's device memory.
-/// FP8 travels as bytes. Errors: CommError when the transport fails; ranks in threads and under MPI
-/// also notice a rank that is missing or late and parts that do not match.
+/// FP8 travels as bytes.
+///
+/// Errors: a rank that is dead, later than the deadline or asks for something else makes the
+/// collective throw CommError on the others. Where the host runs ahead of the device (NCCL) the
+/// error is thrown by the next call, or by synchronize(). A communicator that failed stays failed:
+/// it throws the same error again, its destructor does not wait for anybody, and a new one can be
+/// made.
 class Communicator {
  public:
-  explicit Communicator(const Context& ctx) : ctx_(ctx) {}
+  explicit Communicator(const Context& ctx, std::chrono::milliseconds deadline = kCommDeadline);
   virtual ~Communicator() = default;
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -49,6 +67,7 @@ class Communicator {
   /// What carries the bytes: "single", "threads", "mpi", "nccl".
   virtual std::string name() const = 0;
   const Context& context() const { return ctx_; }
+  std::chrono::milliseconds deadline() const { return deadline_; }
 
   /// Sends and receives in one group. Between two ranks the k-th send meets the k-th receive and
   /// both have the same length. Parts to or from this rank itself are not allowed.
@@ -56,17 +75,82 @@ class Communicator {
                 Traffic traffic = Traffic::payload);
   /// Every rank contributes `bytes` bytes; `recv` holds size() blocks in rank order. Metadata.
   void all_gather(const void* send, void* recv, std::size_t bytes);
+  /// Gives every rank the `bytes` bytes at `data` of rank `root`. Counted on the root, once for
+  /// each of the others.
+  void broadcast(void* data, std::size_t bytes, int root, Traffic traffic = Traffic::payload);
+
+  /// Throws the CommError of a collective that failed, if one did. Waits for nothing.
+  void check();
+  /// Waits for the context's stream; throws CommError if a collective failed, at the latest one
+  /// deadline after this rank came to it. Not while the stream is captured.
+  void synchronize();
+  /// Whether a collective failed: the ranks have been given up, check() throws.
+  bool aborted() const { return failed_.load(std::memory_order_acquire); }
 
   WireBytes wire_bytes() const { return wire_; }
 
  protected:
+  /// The collective in progress; number 0 outside of one.
+  struct Watched {
+    CollectiveName name;
+    std::uint64_t number = 0;
+  };
+  const Watched& current() const { return current_; }
+  /// The error of a collective, with text and fields.
+  CommError error(const Watched& collective, const std::string& reason,
+                  std::vector<int> ranks = {}) const;
+  /// Makes check() throw this error; the first one stays. From any thread.
+  void set_failure(const CommError& error);
+
   virtual void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) = 0;
   virtual void do_all_gather(const void* send, void* recv, std::size_t bytes) = 0;
+  /// By default sends of the root to every other rank.
+  virtual void do_broadcast(void* data, std::size_t bytes, int root);
+  /// Around every collective: an outermost CollectiveScope. current() is set.
+  virtual void do_begin() {}
+  virtual void do_end() noexcept {}
+  /// Throws what the transport knows beyond set_failure().
+  virtual void do_check() {}
+  virtual void do_synchronize() { ctx_.synchronize(); }
 
  private:
+  friend class CollectiveScope;
+  void open(const CollectiveName& name);
+  void close() noexcept;
+  template <class Call>
+  void keep_failure(Call call);
+
   Context ctx_;
+  std::chrono::milliseconds deadline_;
   WireBytes wire_;
+  Watched current_;
+  std::uint64_t collectives_ = 0;
+  int open_scopes_ = 0;
+  std::atomic<bool> failed_{false};
+  std::mutex failure_mutex_;
+  std::optional<CommError> failure_;
 };
+
+/// What is called inside counts as one collective, watched and numbered as one, with this name.
+/// Scopes nest; the outermost gives the name. A call outside of any scope is a collective itself.
+class CollectiveScope {
+ public:
+  /// Throws CommError if an earlier collective failed.
+  CollectiveScope(Communicator& comm, const CollectiveName& name) : comm_(comm) {
+    comm_.open(name);
+  }
+  ~CollectiveScope() { comm_.close(); }
+  CollectiveScope(const CollectiveScope&) = delete;
+  CollectiveScope& operator=(const CollectiveScope&) = delete;
+
+ private:
+  Communicator& comm_;
+};
+
+/// "two_shot of bucket 3".
+std::string to_string(const CollectiveName& name);
+/// "rank 2", "ranks 0, 2".
+std::string to_string_of_ranks(std::span<const int> ranks);
 
 /// One rank.
 std::unique_ptr<Communicator> make_single(const Context& ctx);
@@ -77,7 +161,7 @@ std::unique_ptr<Communicator> make_single(const Context& ctx);
 class ThreadGroup {
  public:
   /// `deadline` is how long a rank waits for the others before CommError is thrown.
-  explicit ThreadGroup(int size, std::chrono::milliseconds deadline = std::chrono::minutes(5));
+  explicit ThreadGroup(int size, std::chrono::milliseconds deadline = kCommDeadline);
   ~ThreadGroup();
   /// The communicator of one rank, called once per rank, from its thread. It may outlive the group.
   std::unique_ptr<Communicator> join(int rank, const Context& ctx);

@@ -14,7 +14,7 @@ bool has_mpi();
 
 struct MpiOptions {
   /// How long a collective may wait for the other ranks before CommError is thrown.
-  std::chrono::milliseconds deadline = std::chrono::minutes(5);
+  std::chrono::milliseconds deadline = kCommDeadline;
   /// Longer parts travel as several messages, because MPI counts in int.
   std::size_t message_bytes = std::size_t{1} << 30;
 };
@@ -43,10 +43,9 @@ std::unique_ptr<Communicator> adopt_mpi(const void* handle, std::size_t handle_b
 /// Errors: octet::Error for a context on a GPU (create_nccl is for that), a null or
 /// inter-communicator, MPI that is not initialised or already finalised, a build without MPI.
 /// CommError when a rank does not come or finish within the deadline, is gone, or asks for
-/// something else: naming this rank, the ranks that are missing, and the collective with its
-/// number. The other ranks are told and throw the same at their next call. The destructor waits for
-/// the other ranks to come to theirs, at most for the deadline; while an exception passes it does
-/// not wait but tells them.
+/// something else. The other ranks are told and throw it too: in the collective that they are in,
+/// at their next call, or in check(). The destructor waits for the other ranks to come to theirs,
+/// at most for the deadline; while an exception passes it does not wait but tells them.
 ///
 /// After a failure the communicator is of no use: its calls throw the same error, and the
 /// destructor neither frees it nor finalises MPI, since both could wait for ever. The process

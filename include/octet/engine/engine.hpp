@@ -106,11 +106,12 @@ class Engine {
   /// Hands over the gradient of a parameter for this step: same shape, f32, bf16 or f16. It is
   /// stored in the engine's format, so `gradient` may be reused at once in stream order. A second
   /// one before step() is an error: sum the uses of a shared parameter first. A parameter without
-  /// one counts as zero gradient.
+  /// one counts as zero gradient. Throws CommError when an earlier collective failed.
   void add_gradient(ParamId id, const TensorView& gradient);
 
   /// Reduce over the ranks, clip, update, gather. If any gradient on any rank is not finite nothing
-  /// changes on any rank but the count of skipped steps.
+  /// changes on any rank but the count of skipped steps. Throws CommError, before anything changes,
+  /// when an earlier collective failed (comm.synchronize() waits until that is known).
   StepResult step(const StepOptions& options);
 
   const Plan& plan() const;

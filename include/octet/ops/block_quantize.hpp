@@ -19,6 +19,10 @@ struct BlockQuantizeArgs {
   BlockScaledView transposed = {};
   /// Optional word on the context's device, set to 1 when `in` holds a NaN or an infinity.
   std::uint32_t* nonfinite = nullptr;
+  /// Optional, on the context's device: raised to the largest magnitude of `in`, so that several
+  /// casts record the largest; the caller takes it down. A maximum over bits: NaN and infinity stay
+  /// in it.
+  float* amax = nullptr;
   /// Optional, on the context's device; counts the casts into `out`, into `transposed` where that
   /// is all.
   CastCounters* counters = nullptr;
