@@ -213,7 +213,9 @@ TEST_CASE("tcp: rank 0 and others may be late") {
 TEST_CASE("tcp: a rank that never comes is named by rank 0, and the others are told") {
   const int port = free_port();
   const auto begin = Clock::now();
-  const auto results = run({rank_of(0, 4, port), rank_of(2, 4, port)}, blob(8), tcp(600ms));
+  // Rank 2 begins later, so that its own deadline does not pass before that of rank 0.
+  const auto results = run({rank_of(0, 4, port), rank_of(2, 4, port)}, blob(8), tcp(600ms),
+                           [](std::size_t i) { std::this_thread::sleep_for(i * 300ms); });
   CHECK(Clock::now() - begin < 5s);
   for (const Result& result : results) {
     CHECK(missing(result.error, {"ranks 1, 3 of 4", "600 ms"}) == "");

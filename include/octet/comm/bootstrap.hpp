@@ -88,7 +88,7 @@ constexpr std::size_t kMaxRendezvousBytes = 4096;
 /// an earlier run left can be taken for an answer.
 ///
 /// Errors: octet::Error for bad arguments. CommError when the deadline passes (rank 0 names the
-/// ranks that did not come, and tells those that did), when the port is in use, when a process of
+/// ranks that are not there, and tells those that wait), when the port is in use, when a process of
 /// another job or another size, or a second one of the same rank, meets this job: on both sides.
 std::vector<std::byte> broadcast_from_root(const Launch& launch, std::span<const std::byte> bytes,
                                            const Rendezvous& rendezvous = {});
