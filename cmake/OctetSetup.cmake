@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Finds what the library is built with and says how its targets are compiled.
-# Leaves behind OCTET_HAS_CUDA, OCTET_HAS_NCCL, OCTET_HAS_OPENMP and the functions
+# Leaves behind OCTET_HAS_CUDA, OCTET_HAS_NCCL, OCTET_HAS_MPI, OCTET_HAS_OPENMP and the functions
 #   octet_configure_library(target)   the library itself
 #   octet_configure_program(target)   tests, benchmarks and examples: links the library
 #   octet_print_summary()
@@ -13,7 +13,7 @@ set(OCTET_OPENMP AUTO CACHE STRING "OpenMP for the CPU implementation: AUTO, ON 
 option(OCTET_WERROR "Treat compiler warnings as errors" ${PROJECT_IS_TOP_LEVEL})
 set_property(CACHE OCTET_OPENMP PROPERTY STRINGS AUTO ON OFF)
 
-foreach(name OCTET_CUDA OCTET_NCCL OCTET_OPENMP)
+foreach(name OCTET_CUDA OCTET_NCCL OCTET_MPI OCTET_OPENMP)
   if(NOT "${${name}}" MATCHES "^(AUTO|ON|OFF)$")
     message(FATAL_ERROR "${name}=\"${${name}}\": must be AUTO, ON or OFF")
   endif()
@@ -110,6 +110,21 @@ if(NOT OCTET_NCCL STREQUAL OFF)
   endif()
 endif()
 
+# --- MPI ---
+set(OCTET_HAS_MPI OFF)
+set(OCTET_MPI_REASON "switched off")
+if(NOT OCTET_MPI STREQUAL OFF)
+  set(MPI_CXX_SKIP_MPICXX ON)  # the C interface is all that is used
+  find_package(MPI 3.0 COMPONENTS CXX QUIET)
+  set(OCTET_MPI_REASON "not found, or older than MPI 3.0")
+  if(MPI_CXX_FOUND)
+    set(OCTET_HAS_MPI ON)
+  elseif(OCTET_MPI STREQUAL ON)
+    message(FATAL_ERROR "OCTET_MPI=ON: ${OCTET_MPI_REASON}. Install one (Debian: libopenmpi-dev), "
+      "set MPI_HOME to where it is installed, or build with -DOCTET_MPI=OFF.")
+  endif()
+endif()
+
 # --- how everything is compiled ---
 # Private to each target: nothing of this reaches a project that uses the library.
 function(octet_compile_options target)
@@ -160,6 +175,9 @@ function(octet_configure_library target)
   if(OCTET_HAS_NCCL)
     target_link_libraries(${target} PRIVATE NCCL::NCCL)
   endif()
+  if(OCTET_HAS_MPI)
+    target_link_libraries(${target} PRIVATE MPI::MPI_CXX)
+  endif()
 endfunction()
 
 function(octet_configure_program target)
@@ -181,6 +199,10 @@ function(octet_print_summary)
   if(OCTET_HAS_NCCL)
     set(nccl "${NCCL_VERSION}")
   endif()
+  set(mpi "no (${OCTET_MPI_REASON})")
+  if(OCTET_HAS_MPI)
+    set(mpi "MPI ${MPI_CXX_VERSION}")
+  endif()
   set(kind "static")
   if(BUILD_SHARED_LIBS)
     set(kind "shared")
@@ -189,6 +211,7 @@ function(octet_print_summary)
   message(STATUS "  compiler    ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
   message(STATUS "  CUDA        ${cuda}")
   message(STATUS "  NCCL        ${nccl}")
+  message(STATUS "  MPI         ${mpi}")
   message(STATUS "  OpenMP      ${OCTET_HAS_OPENMP}")
   message(STATUS "  tests       ${OCTET_TESTS}")
   message(STATUS "  benchmarks  ${OCTET_BENCHMARKS}")

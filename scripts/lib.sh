@@ -16,6 +16,8 @@ have() {
     catch2) have_header catch2/catch.hpp || have_header catch2/catch_all.hpp ;;
     libcli11-dev) have_header CLI/CLI.hpp ;;
     nlohmann-json3-dev) have_header nlohmann/json.hpp ;;
+    libopenmpi-dev) command -v mpicxx >/dev/null || have_header mpi.h ;;
+    openmpi-bin) command -v mpiexec >/dev/null ;;
     *) die "have: no rule for package $1" ;;
   esac
 }

@@ -27,7 +27,7 @@ struct Arguments {
   std::optional<float> lr;
   float clip_grad = 1.0f;
   int steps = 300, log_every = 20, micro_batches = 1;
-  std::string schedule = "auto";
+  std::string schedule = "auto", windows = "auto";
   std::optional<std::int64_t> bucket_elements;
   std::optional<std::string> fp8_format, amax_compute_algo;
   std::optional<int> amax_history_len, margin;
@@ -57,7 +57,10 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
          "Levels, separated by commas (default: O0,O1,O2,O3); \"small\" is O2 with 5 bytes of "
          "state per parameter")
       ->delimiter(',');
-  app.add_option("--ranks", a.ranks, "Data-parallel ranks (default: 2; on CUDA at most the GPUs)");
+  app.add_option(
+      "--ranks", a.ranks,
+      "Data-parallel ranks as threads (default: 2; on CUDA at most the GPUs); under mpirun, "
+      "torchrun or srun every process is a rank");
   app.add_option("--steps", a.steps, "Training steps (default: 300)");
   app.add_option("--device", a.device, "auto, cpu or cuda (default: auto)");
   app.add_option("--layers", a.layers, "Transformer blocks (default: 2; on CUDA 8)");
@@ -76,6 +79,9 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--bucket-elements", a.bucket_elements,
                  "Gradients are reduced in buckets of at least so many elements (default: 4194304 "
                  "with overlap, of which only the last bucket is waited for, else 33554432)");
+  app.add_option("--windows", a.windows,
+                 "on (ranks read gradients in one another's memory), off (they send them) or auto "
+                 "(on with NCCL where the GPUs can; default: auto)");
   app.add_option("--lr", a.lr, "Peak learning rate (default: 2e-3; on CUDA 1e-3)");
   app.add_option("--clip-grad", a.clip_grad,
                  "Norm that gradients are clipped to; 0 for no clipping (default: 1)");
@@ -161,7 +167,21 @@ DeviceType choose_device(const std::string& text) {
   return text != "cpu" && available ? DeviceType::cuda : DeviceType::cpu;
 }
 
-int choose_ranks(std::optional<int> asked, DeviceType device) {
+/// A process that a launcher has started is one rank of as many as the launcher says.
+int launched_ranks(std::optional<int> asked, DeviceType device, const octet::Launch& launch) {
+  require(!asked || *asked == launch.size, "--ranks ", asked.value_or(0), ": ", launch.launcher,
+          " has started ", launch.size, " processes, each of which is a rank");
+  if (device == DeviceType::cuda) {
+    const int gpus = octet::cuda_device_count();
+    require(launch.local_rank < gpus, "rank ", launch.rank, " is process ", launch.local_rank,
+            " of its host and needs a GPU of its own, but there ", gpus == 1 ? "is" : "are",
+            " only ", gpus);
+  }
+  return launch.size;
+}
+
+int choose_ranks(std::optional<int> asked, DeviceType device, const octet::Launch& launch) {
+  if (launch.size > 1) return launched_ranks(asked, device, launch);
   require(!asked || *asked >= 1, "--ranks ", asked.value_or(0), ": must be at least 1");
   if (device == DeviceType::cpu) return asked.value_or(2);
   const int gpus = octet::cuda_device_count();
@@ -180,6 +200,13 @@ octet::Schedule choose_schedule(const std::string& text, DeviceType device, int 
   const bool overlaps =
       text == "overlap" || (text == "auto" && device == DeviceType::cuda && ranks > 1);
   return overlaps ? octet::Schedule::overlap : octet::Schedule::after_backward;
+}
+
+std::optional<bool> choose_windows(const std::string& text) {
+  require(text == "auto" || text == "on" || text == "off", "--windows ", text,
+          ": must be auto, on or off");
+  if (text == "auto") return std::nullopt;
+  return text == "on";
 }
 
 /// With overlap what the last bucket takes is not hidden: it must be a small part of the model.
@@ -253,9 +280,11 @@ std::optional<Options> parse_options(int argc, char** argv) {
   Options options;
   options.device = choose_device(arguments.device);
   const Defaults& defaults = options.device == DeviceType::cpu ? kCpuDefaults : kCudaDefaults;
-  options.ranks = choose_ranks(arguments.ranks, options.device);
+  options.launch = octet::launch_from_environment();
+  options.ranks = choose_ranks(arguments.ranks, options.device, options.launch);
   options.schedule = choose_schedule(arguments.schedule, options.device, options.ranks);
   options.bucket_elements = choose_bucket_elements(arguments.bucket_elements, options.schedule);
+  options.windows = choose_windows(arguments.windows);
   options.data = arguments.data;
   for (const std::string& name : arguments.levels) options.setups.push_back(setup_of(name));
   require(!options.setups.empty(), "--levels: at least one level is needed");

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "model.hpp"
+#include "octet/comm/bootstrap.hpp"
 #include "octet/comm/gradient_reducer.hpp"
 #include "octet/core/tensor_view.hpp"
 #include "octet/engine/level.hpp"
@@ -24,9 +25,11 @@ struct Options {
   std::string data;  ///< empty: the repository's own text
   std::vector<Setup> setups;
   octet::DeviceType device = octet::DeviceType::cpu;
+  octet::Launch launch;  ///< of more than one process when a launcher has started this one
   int ranks = 1;
   octet::Schedule schedule = octet::Schedule::after_backward;
   std::int64_t bucket_elements = 0;
+  std::optional<bool> windows = {};  ///< EngineConfig::windows
   int steps = 300;
   GptConfig model;
   int batch = 0;  ///< rows of the global batch
@@ -36,6 +39,7 @@ struct Options {
   int log_every = 20;
   std::string json;  ///< empty: no file
 
+  bool is_launched() const { return launch.size > 1; }
   /// Rows of a micro-batch on a rank.
   int rows_per_pass() const { return batch / ranks / model.micro_batches; }
   std::int64_t tokens_per_step() const { return std::int64_t{batch} * model.context; }

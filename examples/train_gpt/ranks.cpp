@@ -56,6 +56,21 @@ class RankDevice {
   std::optional<octet::Context> ctx_;
 };
 
+/// What a rank works on and, with Schedule::overlap, what its communicator works on.
+class RankDevices {
+ public:
+  RankDevices(DeviceType type, int index, octet::Schedule schedule) : own_(type, index) {
+    if (schedule == octet::Schedule::overlap) side_.emplace(type, index, true);
+  }
+  octet::Context& context() { return own_.context(); }
+  octet::Context& comm_context() { return side_ ? side_->context() : own_.context(); }
+  const Kernels& kernels() const { return own_.kernels(); }
+
+ private:
+  RankDevice own_;
+  std::optional<RankDevice> side_;
+};
+
 class Group {
  public:
   Group(DeviceType device, int count, octet::Schedule schedule)
@@ -65,14 +80,13 @@ class Group {
 
   void run_rank(int rank, const std::function<void(const Rank&)>& body) {
     // Outside the try block: the others must not see this rank leave before they know why.
-    std::optional<RankDevice> device, side;
+    std::optional<RankDevices> devices;
     std::unique_ptr<octet::Communicator> comm;
     try {
       share_cores(count_);
-      device.emplace(device_, rank);
-      if (schedule_ == octet::Schedule::overlap) side.emplace(device_, rank, true);
-      comm = join(rank, side ? side->context() : device->context());
-      body({rank, device->context(), *comm, device->kernels()});
+      devices.emplace(device_, rank, schedule_);
+      comm = join(rank, devices->comm_context());
+      body({rank, devices->context(), *comm, devices->kernels()});
     } catch (const std::exception& error) {
       end_the_others(rank, error.what());
     }
@@ -111,6 +125,40 @@ class Group {
 };
 
 }  // namespace
+
+struct LaunchedRank::State {
+  State(DeviceType type, const octet::Launch& place, octet::Schedule schedule)
+      : launch(place),
+        devices(type, type == DeviceType::cuda ? place.local_rank : 0, schedule),
+        comm(octet::make_communicator(devices.comm_context(), place)) {}
+
+  octet::Launch launch;
+  RankDevices devices;
+  std::unique_ptr<octet::Communicator> comm;
+};
+
+LaunchedRank::LaunchedRank(DeviceType device, const octet::Launch& launch,
+                           octet::Schedule schedule) {
+  share_cores(launch.local_size);
+  state_ = std::make_unique<State>(device, launch, schedule);
+}
+
+LaunchedRank::~LaunchedRank() = default;
+
+void LaunchedRank::run(const std::function<void(const Rank&)>& body) {
+  const int rank = state_->launch.rank;
+  RankDevices& devices = state_->devices;
+  devices.context().reset_peak();
+  devices.comm_context().reset_peak();
+  try {
+    body({rank, devices.context(), *state_->comm, devices.kernels()});
+  } catch (const std::exception& error) {
+    const std::string text = "rank " + std::to_string(rank) + ": " + error.what();
+    if (devices.context().device().type == DeviceType::cpu) throw octet::Error(text);
+    std::fprintf(stderr, "\ntrain_gpt: %s\n", text.c_str());
+    std::_Exit(1);
+  }
+}
 
 void run_ranks(DeviceType device, int count, octet::Schedule schedule,
                const std::function<void(const Rank&)>& body) {

@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <mutex>
 #include <numbers>
 #include <optional>
+#include <sstream>
+#include <type_traits>
 #include <utility>
 
 #include "octet/octet.hpp"
-#include "ranks.hpp"
 
 namespace train_gpt {
 namespace {
@@ -20,42 +20,45 @@ constexpr std::int64_t kMostValidationBatches = 40;
 /// On CUDA the losses are read back, and so the host waits, only every so many steps.
 constexpr int kCudaStepsPerRead = 10;
 
-/// What one rank has to say at the end.
-struct RankReport {
-  octet::Plan plan;
-  std::uint64_t peak_bytes = 0;
-  std::uint64_t wire_bytes = 0;  ///< of all steps
-  octet::GemmCounts gemms;
+/// Bytes that the plan predicted and the run measured.
+struct Bytes {
+  std::uint64_t planned = 0;
+  std::uint64_t measured = 0;
+};
+
+/// What one rank has to say at the end, as it travels to the others.
+struct RankNumbers {
+  octet::Sharding sharding = octet::Sharding::none;
+  std::int64_t parameters = 0;
+  std::int64_t fp8_parameters = 0;
+  Bytes managed_state, all_state;
+  Bytes wire;  ///< of all steps
+  std::uint64_t peak = 0;
+  std::int64_t fp8_gemms = 0;
+  std::int64_t converted_gemms = 0;
   std::int64_t skipped_steps = 0;
   double validation_loss = 0.0;  ///< sum over this rank's batches
-  std::vector<float> losses;
   double step_seconds = 0.0;
 };
+static_assert(std::is_trivially_copyable_v<RankNumbers>);
 
-/// Shows the mean loss of a step as soon as the last rank has read its own.
-class LossBoard {
- public:
-  LossBoard(Progress& progress, int ranks)
-      : progress_(progress), losses_(static_cast<std::size_t>(ranks)) {}
-
-  void post(int rank, const std::vector<float>& losses) {
-    const std::lock_guard lock(mutex_);
-    losses_[static_cast<std::size_t>(rank)] = losses;
-    std::size_t steps = losses.size();
-    for (const auto& each : losses_) steps = std::min(steps, each.size());
-    if (steps <= shown_) return;
-    float sum = 0.0f;
-    for (const auto& each : losses_) sum += each[steps - 1];
-    progress_.update(static_cast<int>(steps), sum / static_cast<float>(losses_.size()));
-    shown_ = steps;
-  }
-
- private:
-  Progress& progress_;
-  std::mutex mutex_;
-  std::vector<std::vector<float>> losses_;
-  std::size_t shown_ = 0;
+struct RankReport {
+  RankNumbers numbers;
+  std::vector<float> losses;
+  std::vector<std::string> disagreements;  ///< of plan and measurement
 };
+
+/// What every rank has, in rank order.
+template <class T>
+std::vector<std::vector<T>> gather(octet::Communicator& comm, const std::vector<T>& own) {
+  const std::string text(reinterpret_cast<const char*>(own.data()), own.size() * sizeof(T));
+  std::vector<std::vector<T>> all;
+  for (const std::string& theirs : octet::all_gather_text_sync(comm, text)) {
+    std::vector<T>& values = all.emplace_back(theirs.size() / sizeof(T));
+    std::copy(theirs.begin(), theirs.end(), reinterpret_cast<char*>(values.data()));
+  }
+  return all;
+}
 
 /// With the recipe blockwise the weights come with scales of tiles, as the products read them,
 /// instead of one scale that every call would spread over blocks. Without a transposed copy, which
@@ -88,28 +91,32 @@ class RankTrainer {
                  .adamw = {.weight_decay = kWeightDecay, .seed = options.seed},
                  .bucket_elements = options.bucket_elements,
                  .schedule = options.schedule,
+                 .windows = options.windows,
                  .clipping = options.clip_grad > 0.0f,
                  .micro_batches = options.model.micro_batches}),
         model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_pass(),
                options.seed),
+        wire_before_(comm_.wire_bytes().payload),
         windows_(ctx_, static_cast<std::size_t>(options.rows_per_pass()) *
                            static_cast<std::size_t>(options.model.context + 1)),
         losses_(ctx_, octet::DType::f32,
-                {std::int64_t{options.steps} * options.model.micro_batches}) {}
+                {std::int64_t{options.steps} * options.model.micro_batches}),
+        own_loss_(comm_.context(), sizeof(float)),
+        all_losses_(comm_.context(), static_cast<std::size_t>(options.ranks) * sizeof(float)) {}
 
-  RankReport run(LossBoard& board) {
+  RankReport run(Progress& progress) {
     RankReport report;
-    train(report, board);
-    validate(report);
-    report.plan = engine_.plan();
-    report.peak_bytes = ctx_.memory_use().peak;
+    train(report, progress);
+    validate(report.numbers);
+    report.numbers.peak = ctx_.memory_use().peak;
     const octet::Context& side = comm_.context();
-    if (side.state() != ctx_.state()) report.peak_bytes += side.memory_use().peak;
+    if (side.state() != ctx_.state()) report.numbers.peak += side.memory_use().peak;
+    compare_with_plan(report);
     return report;
   }
 
  private:
-  void train(RankReport& report, LossBoard& board) {
+  void train(RankReport& report, Progress& progress) {
     using Clock = std::chrono::steady_clock;
     const int every = options_.device == octet::DeviceType::cuda ? kCudaStepsPerRead : 1;
     std::vector<double> seconds;  // per step, between two reads
@@ -124,12 +131,49 @@ class RankTrainer {
       const Clock::time_point now = Clock::now();
       seconds.push_back(std::chrono::duration<double>(now - std::exchange(start, now)).count() /
                         (done - read));
-      board.post(rank_, report.losses);
+      const float mean = mean_over_ranks(report.losses.back());
+      if (rank_ == 0) progress.update(done, mean);
     }
-    report.wire_bytes = comm_.wire_bytes().payload;
-    report.gemms = gemms_.counts();
-    report.skipped_steps = result->skipped.read_sync();
-    report.step_seconds = median_after_start(std::move(seconds));
+    RankNumbers& numbers = report.numbers;
+    numbers.wire.measured = comm_.wire_bytes().payload - wire_before_;
+    numbers.fp8_gemms = gemms_.counts().fp8;
+    numbers.converted_gemms = gemms_.counts().with_conversion;
+    numbers.skipped_steps = result->skipped.read_sync();
+    numbers.step_seconds = median_after_start(std::move(seconds));
+  }
+
+  /// Works on the communicator's stream, which may be another one than the rank's, and waits.
+  float mean_over_ranks(float own) {
+    const octet::Context& ctx = comm_.context();
+    octet::copy_bytes(ctx, own_loss_.data(), &own, sizeof(own));
+    comm_.all_gather(own_loss_.data(), all_losses_.data(), sizeof(own));
+    const auto all =
+        octet::read_sync<float>(ctx, all_losses_.data(), static_cast<std::size_t>(options_.ranks));
+    float sum = 0.0f;
+    for (float loss : all) sum += loss;
+    return sum / static_cast<float>(options_.ranks);
+  }
+
+  void compare_with_plan(RankReport& report) const {
+    const octet::Plan& plan = engine_.plan();
+    RankNumbers& numbers = report.numbers;
+    numbers.sharding = plan.sharding;
+    numbers.parameters = plan.parameters;
+    numbers.fp8_parameters = plan.fp8_parameters;
+    numbers.managed_state = {plan.state_bytes(true, false), plan.state_bytes(true, true)};
+    numbers.all_state = {plan.state_bytes(false, false), plan.state_bytes(false, true)};
+    numbers.wire.planned = plan.wire_bytes_per_step * static_cast<std::uint64_t>(options_.steps);
+    const auto compare = [&](const std::string& what, const Bytes& bytes) {
+      if (bytes.planned == bytes.measured) return;
+      report.disagreements.push_back("rank " + std::to_string(rank_) + ", " + what + ": " +
+                                     std::to_string(bytes.planned) + " bytes planned, " +
+                                     std::to_string(bytes.measured) + " measured");
+    };
+    for (const octet::MemoryRow& row : plan.memory) {
+      compare(row.what + (row.fp8_managed ? " of FP8-managed parameters" : ""),
+              {row.predicted, row.measured});
+    }
+    compare("sent in all steps", numbers.wire);
   }
 
   /// Those of the steps up to `done`, each the mean of its micro-batches. Waits for the stream.
@@ -167,7 +211,7 @@ class RankTrainer {
   }
 
   /// The same batches for every level and number of ranks; the ranks take turns.
-  void validate(RankReport& report) {
+  void validate(RankNumbers& numbers) {
     const std::int64_t rows = options_.rows_per_pass();
     const std::int64_t total = data_.validation_count(options_.batch, kMostValidationBatches);
     for (std::int64_t batch = 0; batch < total; batch += options_.batch) {
@@ -176,7 +220,7 @@ class RankTrainer {
                        losses_.as<float>(), Pass::validation);
         const float loss = octet::read_sync<float>(ctx_, losses_.as<float>(), 1).front();
         in_flight_.clear();
-        report.validation_loss +=
+        numbers.validation_loss +=
             static_cast<double>(loss) * static_cast<double>(rows) / static_cast<double>(total);
       }
     }
@@ -207,68 +251,70 @@ class RankTrainer {
   octet::GemmRegistry gemms_;
   octet::Engine engine_;
   Gpt model_;
+  std::uint64_t wire_before_;  ///< payload that the communicator has carried for others
   octet::Buffer windows_;
-  octet::Tensor losses_;  ///< one per step
+  octet::Tensor losses_;                 ///< one per micro-batch
+  octet::Buffer own_loss_, all_losses_;  ///< of one step: of this rank, of every rank
   std::vector<std::vector<std::uint8_t>> in_flight_;
 };
 
-void compare(const RankReport& report, int rank, int steps, std::vector<std::string>& out) {
-  const auto differs = [&](const std::string& what, std::uint64_t planned, std::uint64_t measured) {
-    if (planned == measured) return;
-    out.push_back("rank " + std::to_string(rank) + ", " + what + ": " + std::to_string(planned) +
-                  " bytes planned, " + std::to_string(measured) + " measured");
-  };
-  for (const octet::MemoryRow& row : report.plan.memory) {
-    differs(row.what + (row.fp8_managed ? " of FP8-managed parameters" : ""), row.predicted,
-            row.measured);
+/// All ranks' reports, on every rank.
+std::vector<RankReport> gather_reports(octet::Communicator& comm, const RankReport& own) {
+  std::string lines;
+  for (const std::string& text : own.disagreements) lines += text + '\n';
+  const auto numbers = gather(comm, std::vector<RankNumbers>{own.numbers});
+  const auto losses = gather(comm, own.losses);
+  const std::vector<std::string> texts = octet::all_gather_text_sync(comm, lines);
+  std::vector<RankReport> reports(numbers.size());
+  for (std::size_t rank = 0; rank < reports.size(); ++rank) {
+    reports[rank].numbers = numbers[rank].front();
+    reports[rank].losses = losses[rank];
+    std::istringstream stream(texts[rank]);
+    for (std::string line; std::getline(stream, line);) reports[rank].disagreements.push_back(line);
   }
-  differs("sent in all steps", report.plan.wire_bytes_per_step * static_cast<std::uint64_t>(steps),
-          report.wire_bytes);
+  return reports;
 }
 
 RunResult summarise(const Options& options, const Setup& setup,
                     const std::vector<RankReport>& reports) {
-  const RankReport& first = reports.front();
+  const RankNumbers& first = reports.front().numbers;
   const auto ranks = static_cast<double>(reports.size());
-  const double managed = static_cast<double>(first.plan.fp8_parameters) * ranks;
-  const double all = static_cast<double>(first.plan.parameters) * ranks;
+  const double managed = static_cast<double>(first.fp8_parameters) * ranks;
+  const double all = static_cast<double>(first.parameters) * ranks;
   RunResult result;
   result.name = setup.name;
-  result.sharding = first.plan.sharding;
+  result.sharding = first.sharding;
   result.ranks = options.ranks;
   result.schedule = options.schedule;
   result.clip_grad = options.clip_grad;
   result.micro_batches = options.model.micro_batches;
   result.device = options.device;
-  result.parameters = first.plan.parameters;
+  result.parameters = first.parameters;
   result.fp8 = options.model.fp8;
   const auto per_step = [&](std::int64_t count) {
     return static_cast<double>(count) / options.steps;
   };
-  result.fp8_gemms_per_step = per_step(first.gemms.fp8);
-  result.converted_gemms_per_step = per_step(first.gemms.with_conversion);
+  result.fp8_gemms_per_step = per_step(first.fp8_gemms);
+  result.converted_gemms_per_step = per_step(first.converted_gemms);
   result.step_seconds = first.step_seconds;
   result.skipped_steps = first.skipped_steps;
   result.losses.assign(static_cast<std::size_t>(options.steps), 0.0f);
-  for (std::size_t rank = 0; rank < reports.size(); ++rank) {
-    const RankReport& report = reports[rank];
-    const auto add = [](Figure& figure, std::uint64_t measured, std::uint64_t planned, double per) {
-      figure.measured += static_cast<double>(measured) / per;
-      figure.planned += static_cast<double>(planned) / per;
+  for (const RankReport& report : reports) {
+    const RankNumbers& numbers = report.numbers;
+    const auto add = [](Figure& figure, const Bytes& bytes, double per) {
+      figure.measured += static_cast<double>(bytes.measured) / per;
+      figure.planned += static_cast<double>(bytes.planned) / per;
     };
-    add(result.state_bytes_managed, report.plan.state_bytes(true, true),
-        report.plan.state_bytes(true, false), managed);
-    add(result.state_bytes_all, report.plan.state_bytes(false, true),
-        report.plan.state_bytes(false, false), all);
-    add(result.wire_bytes, report.wire_bytes,
-        report.plan.wire_bytes_per_step * static_cast<std::uint64_t>(options.steps),
-        all * options.steps);
-    result.peak_bytes = std::max(result.peak_bytes, report.peak_bytes);
-    result.validation_loss += report.validation_loss;
+    add(result.state_bytes_managed, numbers.managed_state, managed);
+    add(result.state_bytes_all, numbers.all_state, all);
+    add(result.wire_bytes, numbers.wire, all * options.steps);
+    result.peak_bytes = std::max(result.peak_bytes, numbers.peak);
+    result.validation_loss += numbers.validation_loss;
     for (std::size_t i = 0; i < result.losses.size(); ++i) {
       result.losses[i] += report.losses[i] / static_cast<float>(reports.size());
     }
-    compare(report, static_cast<int>(rank), options.steps, result.disagreements);
+    result.disagreements.insert(result.disagreements.end(), report.disagreements.begin(),
+                                report.disagreements.end());
   }
   return result;
 }
@@ -284,15 +330,20 @@ float learning_rate(float peak, int step, int steps) {
 }
 
 RunResult train(const Options& options, const Setup& setup, const TextData& data,
-                Progress& progress) {
-  LossBoard board(progress, options.ranks);
-  std::vector<RankReport> reports(static_cast<std::size_t>(options.ranks));
+                Progress& progress, LaunchedRank* launched) {
+  RunResult result;
   progress.begin(setup.name);
-  run_ranks(options.device, options.ranks, options.schedule, [&](const Rank& rank) {
-    RankTrainer trainer(options, setup, data, rank);
-    reports[static_cast<std::size_t>(rank.index)] = trainer.run(board);
-  });
-  return summarise(options, setup, reports);
+  const auto run = [&](const Rank& rank) {
+    const RankReport own = RankTrainer(options, setup, data, rank).run(progress);
+    const std::vector<RankReport> reports = gather_reports(rank.comm, own);
+    if (rank.index == 0 || launched != nullptr) result = summarise(options, setup, reports);
+  };
+  if (launched != nullptr) {
+    launched->run(run);
+  } else {
+    run_ranks(options.device, options.ranks, options.schedule, run);
+  }
+  return result;
 }
 
 }  // namespace train_gpt

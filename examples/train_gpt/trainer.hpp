@@ -8,6 +8,7 @@
 #include "data.hpp"
 #include "options.hpp"
 #include "progress.hpp"
+#include "ranks.hpp"
 
 namespace train_gpt {
 
@@ -42,10 +43,11 @@ struct RunResult {
   std::vector<std::string> disagreements;
 };
 
-/// Trains one level from scratch and validates it. Throws octet::Error naming the rank when one
-/// fails.
+/// Trains one level from scratch and validates it, on ranks that are threads, or, if `launched` is
+/// not null, as that one rank. Every process has the same result; rank 0 shows the progress. Throws
+/// octet::Error naming the rank when one fails.
 RunResult train(const Options& options, const Setup& setup, const TextData& data,
-                Progress& progress);
+                Progress& progress, LaunchedRank* launched);
 
 /// Learning rate of a step: linear warm-up over the first tenth (at most 100 steps), then half a
 /// cosine down to a tenth of the peak.

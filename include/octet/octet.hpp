@@ -3,9 +3,11 @@
 #pragma once
 
 #include "octet/comm/block_mean_reducer.hpp"
+#include "octet/comm/bootstrap.hpp"
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/communicator.hpp"
 #include "octet/comm/gradient_reducer.hpp"
+#include "octet/comm/mpi.hpp"
 #include "octet/comm/nccl.hpp"
 #include "octet/comm/sum_reducer.hpp"
 #include "octet/core/block_scales.hpp"

@@ -9,19 +9,15 @@
 #include <exception>
 #include <mutex>
 #include <optional>
-#include <string_view>
 
+#include "comm/wording.hpp"
 #include "octet/comm/communicator.hpp"
 #include "octet/runtime/tensor.hpp"
 
 namespace octet {
 namespace {
 
-enum class Collective { exchange, all_gather };
-
-const char* name_of(Collective kind) {
-  return kind == Collective::exchange ? "exchange" : "all_gather";
-}
+using detail::Collective;
 
 // What one rank brings to the collective in progress; written before the first meeting, read by the
 // others until the last.
@@ -52,15 +48,6 @@ struct Slot {
   bool left = false;
   bool arrived = false;
 };
-
-// "two_shot of bucket 3 (exchange)".
-std::string describe(const Offer& offer) {
-  std::string text = to_string(offer.name);
-  if (offer.name.op != std::string_view(name_of(offer.kind))) {
-    text += std::string(" (") + name_of(offer.kind) + ")";
-  }
-  return text;
-}
 
 // The next send to `peer` at or after `cursor`; null at the end.
 const SendPart* next_send(const Offer& from, int peer, std::size_t& cursor) {
@@ -144,44 +131,29 @@ bool ThreadGroup::State::somebody_left() const {
 
 std::string ThreadGroup::State::exchange_mismatch(int from, int to) const {
   std::size_t send_cursor = 0;
-  std::ostringstream text;
   std::size_t k = 0;
   for (const RecvPart& recv : offer(to).recvs) {
     if (recv.peer != from) continue;
     const SendPart* send = next_send(offer(from), to, send_cursor);
-    if (send == nullptr) {
-      text << "exchange: rank " << to << " receives more parts from rank " << from << " than the "
-           << k << " that rank " << from << " sends to it";
-      return text.str();
-    }
+    if (send == nullptr) return detail::too_many_receives(from, to, k);
     if (send->bytes != recv.bytes) {
-      text << "exchange: part " << k << " from rank " << from << " to rank " << to << " is "
-           << send->bytes << " bytes on rank " << from << " but " << recv.bytes << " on rank "
-           << to;
-      return text.str();
+      return detail::different_lengths(from, to, k, send->bytes, recv.bytes);
     }
     ++k;
   }
   if (next_send(offer(from), to, send_cursor) == nullptr) return {};
-  text << "exchange: rank " << from << " sends more parts to rank " << to << " than the " << k
-       << " that rank " << to << " receives from it";
-  return text.str();
+  return detail::too_many_sends(from, to, k);
 }
 
 // Nothing when all offers fit together.
 std::optional<GroupFailure> ThreadGroup::State::mismatch() const {
   for (int r = 1; r < size(); ++r) {
-    const std::string first = describe(offer(0)), other = describe(offer(r));
-    if (first != other) {
-      return failure_of(
-          "rank 0 called " + first + " while rank " + std::to_string(r) + " called " + other,
-          {0, r});
-    }
+    const std::string first = detail::described(offer(0).name, offer(0).kind);
+    const std::string other = detail::described(offer(r).name, offer(r).kind);
+    if (first != other) return failure_of(detail::different_calls(0, first, r, other), {0, r});
     if (offer(r).bytes != offer(0).bytes) {
-      std::ostringstream text;
-      text << "all_gather: rank 0 contributes " << offer(0).bytes << " bytes but rank " << r << " "
-           << offer(r).bytes;
-      return failure_of(text.str(), {0, r});
+      return failure_of(detail::different_contributions(0, offer(0).bytes, r, offer(r).bytes),
+                        {0, r});
     }
   }
   if (offer(0).kind == Collective::all_gather) return {};

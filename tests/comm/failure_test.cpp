@@ -9,6 +9,7 @@
 #include "octet/comm/detail/stall_clock.hpp"
 #include "octet/engine/engine.hpp"
 #include "support/catch.hpp"
+#include "support/comm_errors.hpp"
 #include "support/devices.hpp"
 #include "support/errors.hpp"
 #include "support/ranks.hpp"
@@ -22,15 +23,6 @@ using Ranks = std::vector<int>;
 
 std::size_t at(int rank) { return static_cast<std::size_t>(rank); }
 
-std::optional<CommError> comm_error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const CommError& error) {
-    return error;
-  }
-  return std::nullopt;
-}
-
 using Errors = std::vector<std::optional<CommError>>;
 
 // Each rank's CommError out of fn(comm), if any.
@@ -41,25 +33,6 @@ Errors errors_of_ranks(int n, const std::function<void(Communicator&)>& fn,
       n, [&](Communicator& comm) { errors[at(comm.rank())] = comm_error_of([&] { fn(comm); }); },
       DeviceType::cpu, deadline);
   return errors;
-}
-
-void gather_nothing(Communicator& comm, const CollectiveName& name) {
-  const CollectiveScope scope(comm, name);
-  comm.all_gather(nullptr, nullptr, 0);
-}
-
-// What an error of rank `rank` must say, in its text and in its fields.
-std::string wrong_in(const std::optional<CommError>& error, int rank, const CollectiveName& name,
-                     std::uint64_t number, const Ranks& ranks, const std::string& reason) {
-  if (!error.has_value()) return "no error";
-  const CommError::Where& where = error->where();
-  if (where.rank != rank) return "rank " + std::to_string(where.rank);
-  if (where.op != name.op) return "op " + where.op;
-  if (where.bucket != name.bucket) return "bucket " + std::to_string(where.bucket);
-  if (where.collective != number) return "collective " + std::to_string(where.collective);
-  if (where.ranks != ranks) return to_string_of_ranks(where.ranks);
-  return missing(error->what(), {to_string(name), "collective " + std::to_string(number),
-                                 "on rank " + std::to_string(rank) + " of ", reason});
 }
 
 // Two tensors on two or more ranks, dealt out in turn; every rank's own memory.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cmake -DMODE=installed|subdirectory -DSOURCE=.. -DBUILD=.. -DWORK=.. -DGENERATOR=.. -DCOMPILER=..
-#       -DHAS_CUDA=.. -DHAS_NCCL=.. -P check.cmake
+#       -DHAS_CUDA=.. -DHAS_NCCL=.. -DHAS_MPI=.. -P check.cmake
 # Builds and runs the consumer project, against what BUILD installs or with SOURCE as a part of it.
 cmake_minimum_required(VERSION 3.25)
 
@@ -24,9 +24,9 @@ set(configure ${CMAKE_COMMAND} -S ${SOURCE}/tests/consumer -G ${GENERATOR}
 if(MODE STREQUAL installed)
   run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${WORK}/prefix)
   list(APPEND configure -DCMAKE_PREFIX_PATH=${WORK}/prefix)
-  expect_refusal(MPI "has no component MPI")
+  expect_refusal(UCX "has no component UCX")
   set(components "")
-  foreach(part CUDA NCCL)
+  foreach(part CUDA NCCL MPI)
     if(HAS_${part})
       list(APPEND components ${part})
     else()

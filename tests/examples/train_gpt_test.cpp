@@ -302,6 +302,17 @@ TEST_CASE("fused trains with the bits of a reduction after backward", "[train_gp
   CHECK(fused.at("peak_bytes_per_rank") < after.at("peak_bytes_per_rank"));
 }
 
+TEST_CASE("windows train with the bits of messages", "[train_gpt]") {
+  const std::string arguments = kSmall + "--device cpu --steps 3 --ranks 2 --levels O2,O3 ";
+  const json off = train(arguments + "--windows off").at("runs");
+  const json on = train(arguments + "--windows on").at("runs");
+  for (std::size_t i = 0; i < 2; ++i) {
+    for (const char* key : {"losses", "val_loss"}) CHECK(on[i].at(key) == off[i].at(key));
+    // A window costs memory for the flags that ranks meet by.
+    CHECK(on[i].at("peak_bytes_per_rank") != off[i].at("peak_bytes_per_rank"));
+  }
+}
+
 TEST_CASE("CUDA trains as the CPU does", "[train_gpt]") {
   if (octet::cuda_device_count() == 0) return;
   const Folder folder;
@@ -372,6 +383,7 @@ TEST_CASE("bad input is named and ends with 1 before anything starts", "[train_g
       {"--schedule fused --ranks 1 --levels O3", {"--schedule fused", "--ranks"}},
       {"--schedule fused --ranks 2 --levels O3,O2", {"--schedule fused", "O3", "not O2"}},
       {"--schedule fused --ranks 2 --levels O3", {"--schedule fused", "--clip-grad 0", "1"}},
+      {"--windows sometimes", {"--windows sometimes", "auto, on or off"}},
       {"--clip-grad -1", {"--clip-grad -1", "positive"}},
       {"--ranks 0", {"--ranks 0", "at least 1"}},
       {"--ranks -2", {"--ranks -2", "at least 1"}},

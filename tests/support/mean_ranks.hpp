@@ -228,4 +228,15 @@ inline std::uint64_t owned_bytes(const MeanCase& bucket, int rank) {
   return bytes;
 }
 
+/// Four ways to cut: fine and unaligned, coarse, in runs, and everything on one rank.
+inline std::vector<Owners> cuts_of(const MeanCase& bucket) {
+  const int n = bucket.ranks();
+  int chunks = 0;
+  deal(bucket, 2000, [&](int) { return ++chunks, 0; });
+  return {deal(bucket, 37, [n](int k) { return (k * 7 + 1) % n; }),
+          deal(bucket, 5000, [n](int k) { return k % n; }),
+          deal(bucket, 2000, [&](int k) { return k * n / chunks; }),
+          deal(bucket, 128, [n](int) { return n - 1; })};
+}
+
 }  // namespace octet::test

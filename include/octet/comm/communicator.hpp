@@ -71,7 +71,7 @@ class Communicator {
 
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  /// What carries the bytes: "single", "threads", "nccl".
+  /// What carries the bytes: "single", "threads", "mpi", "nccl".
   virtual std::string name() const = 0;
   const Context& context() const { return ctx_; }
   std::chrono::milliseconds deadline() const { return deadline_; }
