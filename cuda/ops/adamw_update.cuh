@@ -11,9 +11,6 @@
 
 namespace octet::detail::cuda {
 
-// Two warps: a tensor of 1,000 elements is two rounds of the loop, so that the tables are read for
-// enough work, and no warp waits for many others.
-constexpr int kUpdateThreads = 64;
 // 80 registers a thread. With 10 blocks O2 is 1 % faster and a step over small tensors 4 % slower.
 constexpr int kUpdateBlocksPerSm = 12;
 
@@ -38,7 +35,7 @@ template <AdamwRow R, Exchange X, DType D>
 __device__ __noinline__ void update_values_again(const WorkOf<X>& work, int i, float m_inv,
                                                  float v_inv, AdamwValues* values) {
   Codes<R> codes;
-  load_vector<R, X, D>(work, {i, 4}, codes);
+  load_vector<R, X, D>(work, {i, 4}, -1, codes);
   IeeeMath math;
   AdamwTensorStep s = work.step;
   if (R.formats.master == StateFormat::split) s.master_inv *= 0x1p120f;
@@ -86,18 +83,33 @@ __device__ int update_vectors(const UpdateArgs& args, WorkOf<X>& work, AdamwAmax
   LargestOnTop largest;
   const int lane = threadIdx.x % 32;
   int i = threadIdx.x / kBlockThreads * stride + in_block * kVector;
+  constexpr bool kAhead = X == Exchange::means && kFetchesAhead<D> && !kQuads;
+  const int step = kUpdateThreads / kBlockThreads * stride;
+  int stage = kAhead ? 0 : -1;
+  if constexpr (kAhead) {
+    for (int n = 0; n < kAheadStages - 1; ++n) {
+      const int vector = static_cast<int>(threadIdx.x) + n * kUpdateThreads;
+      fetch_ahead(work.peers, vector < vectors, n, i + n * step);
+    }
+  }
   // A warp stays together for the exchanges within blocks.
-  for (int vector = threadIdx.x; vector - lane < vectors;
-       vector += kUpdateThreads, i += kUpdateThreads / kBlockThreads * stride) {
+  for (int vector = threadIdx.x; vector - lane < vectors; vector += kUpdateThreads, i += step) {
     const bool active = vector < vectors;
     if (!kHasBlocks && !active) break;
     // Of a whole warp lane l takes quads l and l + 32 of its 256 elements.
     const bool spreads = kQuads && vector - lane + 32 <= vectors;
     const Place place = spreads ? Place{i - 4 * lane, 4 * 32} : Place{i, 4};
     Codes<R> codes{};
-    if (active) load_vector<R, X, D>(work, place, codes);
+    if constexpr (kAhead) {
+      constexpr int kLast = kAheadStages - 1;
+      fetch_ahead(work.peers, vector + kLast * kUpdateThreads < vectors,
+                  (stage + kLast) % kAheadStages, i + kLast * step);
+      wait_for_ahead();
+    }
+    if (active) load_vector<R, X, D>(work, place, stage, codes);
+    if constexpr (kAhead) stage = (stage + 1) % kAheadStages;
     if (kPrefetches && vector + kUpdateThreads < vectors) {
-      prefetch_vector<R, X, D>(work, i + kUpdateThreads / kBlockThreads * stride);
+      prefetch_vector<R, X, D>(work, i + step);
     }
     float m_inv = s.m_inv, v_inv = s.v_inv, m_scale = s.m_scale, v_scale = s.v_scale;
     const int block = i / static_cast<int>(kStateBlock);

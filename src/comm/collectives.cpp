@@ -397,7 +397,8 @@ std::vector<RankGradients> MeanReducer::contributions() const {
       if (r == args_.rank) {
         from.ranks.push_back({gradients_[i], false});
       } else if (window_ != nullptr) {
-        from.ranks.push_back({window_->on_rank(r, static_cast<const char*>(gradients_[i])), false});
+        const auto* data = static_cast<const char*>(gradients_[i]);
+        from.ranks.push_back({window_->on_rank(r, data), false, true});
       } else {
         from.ranks.push_back({staging_.as<char>() + r * args_.stride + staged_[i], true});
       }

@@ -13,6 +13,7 @@ struct RankGradient {
   const void* data = nullptr;
   /// False: the whole tensor. True: the elements that this rank updates, one after the other.
   bool is_shard = false;
+  bool is_remote = false;  ///< in a peer's memory, over a link
   bool operator==(const RankGradient&) const = default;
 };
 
