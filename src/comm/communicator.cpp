@@ -36,6 +36,7 @@ class SingleRank final : public Communicator {
   std::string window_refusal() override { return {}; }
   std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
     const auto memory = std::make_shared<Buffer>(context(), peer_flag_bytes(1) + bytes);
+    zero_bytes(context(), memory->data(), peer_flag_bytes(1));
     return std::make_unique<Window>(context(), 0, std::vector<void*>{memory->data()}, bytes,
                                     memory->bytes(), 1, deadline(), memory);
   }
@@ -242,19 +243,25 @@ std::unique_ptr<Communicator> make_single(const Context& ctx) {
   return std::make_unique<SingleRank>(ctx);
 }
 
-std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text) {
+namespace {
+
+// Of a length: the text says why its rank has failed.
+constexpr std::uint64_t kFailed = std::uint64_t{1} << 63;
+
+std::vector<std::string> gather_texts(Communicator& comm, const std::string& text, bool failed) {
   const CollectiveScope scope(comm, {"set-up"});
   const Context& ctx = comm.context();
   const auto ranks = static_cast<std::size_t>(comm.size());
 
-  const std::uint64_t length = text.size();
+  const std::uint64_t length = text.size() | (failed ? kFailed : 0);
   const Buffer own_length = upload_sync<std::uint64_t>(ctx, std::span(&length, 1));
   const Buffer all_lengths(ctx, ranks * sizeof(length));
   comm.all_gather(own_length.data(), all_lengths.data(), sizeof(length));
   const auto lengths = read_sync<std::uint64_t>(ctx, all_lengths.data(), ranks);
 
   std::vector<std::string> texts(ranks);
-  const std::size_t longest = *std::max_element(lengths.begin(), lengths.end());
+  std::size_t longest = 0;
+  for (std::uint64_t each : lengths) longest = std::max(longest, each & ~kFailed);
   if (longest == 0) return texts;
   std::string padded = text;
   padded.resize(longest);
@@ -263,9 +270,33 @@ std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::str
   comm.all_gather(own.data(), all.data(), longest);
   const auto bytes = read_sync<char>(ctx, all.data(), ranks * longest);
   for (std::size_t r = 0; r < ranks; ++r) {
-    texts[r].assign(bytes.data() + r * longest, lengths[r]);
+    texts[r].assign(bytes.data() + r * longest, lengths[r] & ~kFailed);
+    if ((lengths[r] & kFailed) != 0) {
+      throw SetUpError("rank " + std::to_string(r) + ": " + texts[r]);
+    }
   }
   return texts;
+}
+
+}  // namespace
+
+std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text) {
+  return gather_texts(comm, text, false);
+}
+
+void set_up_together_sync(Communicator& comm, const std::function<void()>& work) {
+  std::string problem;
+  try {
+    work();
+  } catch (const SetUpError&) {
+    throw;  // every rank does
+  } catch (const CommError&) {
+    throw;  // there is no way to tell them
+  } catch (const std::exception& error) {
+    problem = error.what();
+    if (problem.empty()) problem = "it failed";  // a failure is told by its text
+  }
+  gather_texts(comm, problem, !problem.empty());
 }
 
 }  // namespace octet

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -213,7 +214,20 @@ class ThreadGroup {
   std::shared_ptr<State> state_;
 };
 
-/// Gathers a text from every rank, in rank order. Waits for the stream: for set-up only.
+/// One rank could not do its part of a set-up, so none goes on: "rank 1: out of memory ...", the
+/// same on every rank.
+class SetUpError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// Gathers a text from every rank, in rank order. Waits for the stream: for set-up only. Throws
+/// SetUpError on all ranks when one of them has failed in set_up_together_sync().
 std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text);
+
+/// Does `work` on every rank or throws SetUpError on every rank. Where it throws on one, the others
+/// learn of it at the end of theirs or in the next all_gather_text_sync() of it; other collectives
+/// of `work` must not come behind what can fail on one rank alone.
+void set_up_together_sync(Communicator& comm, const std::function<void()>& work);
 
 }  // namespace octet
