@@ -85,26 +85,23 @@ void Communicator::set_failure(const CommError& error) {
   if (failure_.has_value()) return;
   failure_.emplace(error);
   failed_.store(true, std::memory_order_release);
-  for (const auto& each : windows_) {
-    if (const auto words = each.lock()) words->abort();
-  }
+  for (const auto& words : windows_) words->abort();
 }
 
-void Communicator::check_windows() {
+std::optional<CommError> Communicator::window_failure() {
   std::optional<PeerStatus> status;
   {
     const std::lock_guard lock(failure_mutex_);
-    for (const auto& each : windows_) {
-      const auto words = each.lock();
-      if (words != nullptr && !status.has_value()) status = words->failure();
+    for (const auto& words : windows_) {
+      if (!status.has_value()) status = words->failure();
     }
   }
-  if (!status.has_value()) return;
+  if (!status.has_value()) return std::nullopt;
   const auto missing = static_cast<int>(status->missing);
-  throw error({{status->tag.op, status->tag.bucket}, status->tag.number},
-              "rank " + std::to_string(missing) + " did not come to the kernel within " +
-                  std::to_string(deadline_.count()) + " ms",
-              {missing});
+  return error({{status->tag.op, status->tag.bucket}, status->tag.number},
+               "rank " + std::to_string(missing) + " did not come to the kernel within " +
+                   std::to_string(deadline_.count()) + " ms",
+               {missing});
 }
 
 void Communicator::check() {
@@ -114,7 +111,7 @@ void Communicator::check() {
   }
   keep_failure([&] {
     do_check();
-    check_windows();
+    if (const auto failure = window_failure()) throw CommError(*failure);
   });
 }
 
@@ -190,7 +187,7 @@ WindowOffer Communicator::make_window(std::size_t bytes) {
   }
   WindowOffer offer{do_make_window(bytes), {}};
   const std::lock_guard lock(failure_mutex_);
-  std::erase_if(windows_, [](const auto& words) { return words.expired(); });
+  std::erase_if(windows_, [](const auto& words) { return words.use_count() == 1; });
   windows_.push_back(offer.window->words());
   return offer;
 }

@@ -129,6 +129,8 @@ class Communicator {
                   std::vector<int> ranks = {}) const;
   /// Makes check() throw this error; the first one stays. From any thread.
   void set_failure(const CommError& error);
+  /// Of a kernel over a window that gave up, if one did. From any thread.
+  std::optional<CommError> window_failure();
 
   virtual void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) = 0;
   virtual void do_all_gather(const void* send, void* recv, std::size_t bytes) = 0;
@@ -151,7 +153,6 @@ class Communicator {
   void close() noexcept;
   template <class Call>
   void keep_failure(Call call);
-  void check_windows();
 
   Context ctx_;
   std::chrono::milliseconds deadline_;
@@ -162,7 +163,7 @@ class Communicator {
   std::atomic<bool> failed_{false};
   std::mutex failure_mutex_;
   std::optional<CommError> failure_;
-  std::vector<std::weak_ptr<PeerWords>> windows_;
+  std::vector<std::shared_ptr<PeerWords>> windows_;  ///< also of windows that are gone
 };
 
 /// What a rank sends of `count` codes in a ring: 2 (ranks - 1) / ranks of them, rounded down.
