@@ -205,9 +205,7 @@ void Communicator::broadcast(void* data, std::size_t bytes, int root, Traffic tr
           " bytes has a null pointer");
   const CollectiveScope scope(*this, {"broadcast"});
   keep_failure([&] { do_broadcast(data, bytes, root); });
-  if (rank() != root) return;
-  std::uint64_t& count = traffic == Traffic::payload ? wire_.payload : wire_.metadata;
-  count += bytes * static_cast<std::uint64_t>(size() - 1);
+  if (rank() == root) count_sent(traffic, bytes * static_cast<std::uint64_t>(size() - 1));
 }
 
 void Communicator::do_broadcast(void* data, std::size_t bytes, int root) {
@@ -229,7 +227,7 @@ void Communicator::sum_e4m3(void* codes, std::int64_t count) {
           " codes has a null pointer");
   const CollectiveScope scope(*this, {"sum_e4m3"});
   keep_failure([&] { do_sum_e4m3(codes, count); });
-  wire_.payload += sum_e4m3_bytes(count, size());
+  count_sent(Traffic::payload, sum_e4m3_bytes(count, size()));
 }
 
 void Communicator::do_sum_e4m3(void*, std::int64_t) {

@@ -373,6 +373,10 @@ void Engine::Impl::describe() {
   }
   if (comm.size() == 1) {
     plan.weight_gather = "written by the update";
+    if (config.windows.value_or(false)) {
+      plan.notes.push_back(
+          "no window, though EngineConfig::windows is true: one rank has no peers");
+    }
     if (plan.sharding == Sharding::optimizer) {
       plan.notes.push_back("one rank holds the whole optimizer: sharding has nothing to cut");
     }
