@@ -15,8 +15,6 @@ namespace octet::detail::cuda {
 struct MarkWords {
   std::uint64_t begun = 0;  ///< count of the last collective begun, with its tag above
   std::uint64_t ended = 0;  ///< count of those ended
-  std::uint32_t abort = 0;  ///< kernels give up when it is not 0
-  std::int32_t waiting_for = -1;
 };
 
 /// In device memory, where the counts live: replays of a captured graph go on counting.

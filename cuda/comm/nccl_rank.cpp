@@ -237,7 +237,13 @@ void NcclRank::give_up_after(ncclResult_t status, const Watched& collective) {
 
 // True while there is something to look for.
 bool NcclRank::look() {
-  if (aborted()) return false;
+  // What a kernel over a window has given up: NCCL's kernels behind it on the stream would wait for
+  // the same rank. Whoever sees it first keeps the error, here all are made to leave.
+  if (const auto failure = window_failure()) set_failure(*failure);
+  if (aborted()) {
+    link_->abort();
+    return false;
+  }
   const auto now = Clock::now();
   if (look_at_host(now)) return false;
   const Marks::Reading reading = marks_.read();

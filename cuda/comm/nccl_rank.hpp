@@ -20,7 +20,8 @@ namespace octet::detail::cuda {
 /// when NCCL reports an error: it keeps the error for check(), which also ends kernels that wait in
 /// a window, and aborts NCCL's communicator, whose kernels then leave the stream.
 ///
-/// A kernel over a window takes no marks around it: it gives up by itself at the deadline.
+/// A kernel over a window takes no marks around it: it gives up by itself at the deadline, which
+/// the watchdog sees.
 class NcclRank final : public Communicator {
  public:
   NcclRank(std::unique_ptr<NcclLink> link, bool owned, int rank, int size, const Context& ctx,

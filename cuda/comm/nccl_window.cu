@@ -81,22 +81,6 @@ class NcclMemory {
   ncclWindow_t window_ = nullptr;
 };
 
-/// On every rank, or an error on every rank: who has none cannot register it with the others.
-std::shared_ptr<NcclMemory> allocate_together(NcclRank& rank, std::size_t bytes) {
-  std::shared_ptr<NcclMemory> memory;
-  std::string problem;
-  try {
-    memory = std::make_shared<NcclMemory>(rank, bytes);
-  } catch (const Error& error) {
-    problem = error.what();
-  }
-  const std::vector<std::string> problems = all_gather_text_sync(rank, problem);
-  for (std::size_t r = 0; r < problems.size(); ++r) {
-    require(problems[r].empty(), "rank ", r, ": ", problems[r]);
-  }
-  return memory;
-}
-
 }  // namespace
 
 std::string nccl_window_refusal(NcclRank& rank) {
@@ -121,8 +105,12 @@ std::unique_ptr<Window> make_nccl_window(NcclRank& rank, std::size_t bytes) {
   const auto size = static_cast<std::size_t>(rank.size());
   const std::size_t flags = peer_flag_bytes(rank.size());
   constexpr std::size_t kAlignment = NCCL_WIN_REQUIRED_ALIGNMENT;
-  const std::shared_ptr<NcclMemory> memory =
-      allocate_together(rank, (flags + bytes + kAlignment - 1) / kAlignment * kAlignment);
+  // A rank that has none cannot register it with the others.
+  std::shared_ptr<NcclMemory> memory;
+  set_up_together_sync(rank, [&] {
+    memory = std::make_shared<NcclMemory>(
+        rank, (flags + bytes + kAlignment - 1) / kAlignment * kAlignment);
+  });
   OCTET_CUDA_CHECK(cudaMemsetAsync(memory->data(), 0, flags, ctx.stream()));
   memory->make_window();
   const Buffer table(ctx, size * sizeof(void*));

@@ -36,6 +36,7 @@ class SingleRank final : public Communicator {
   std::string window_refusal() override { return {}; }
   std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
     const auto memory = std::make_shared<Buffer>(context(), peer_flag_bytes(1) + bytes);
+    zero_bytes(context(), memory->data(), peer_flag_bytes(1));
     return std::make_unique<Window>(context(), 0, std::vector<void*>{memory->data()}, bytes,
                                     memory->bytes(), 1, deadline(), memory);
   }
@@ -84,26 +85,23 @@ void Communicator::set_failure(const CommError& error) {
   if (failure_.has_value()) return;
   failure_.emplace(error);
   failed_.store(true, std::memory_order_release);
-  for (const auto& each : windows_) {
-    if (const auto words = each.lock()) words->abort();
-  }
+  for (const auto& words : windows_) words->abort();
 }
 
-void Communicator::check_windows() {
+std::optional<CommError> Communicator::window_failure() {
   std::optional<PeerStatus> status;
   {
     const std::lock_guard lock(failure_mutex_);
-    for (const auto& each : windows_) {
-      const auto words = each.lock();
-      if (words != nullptr && !status.has_value()) status = words->failure();
+    for (const auto& words : windows_) {
+      if (!status.has_value()) status = words->failure();
     }
   }
-  if (!status.has_value()) return;
+  if (!status.has_value()) return std::nullopt;
   const auto missing = static_cast<int>(status->missing);
-  throw error({{status->tag.op, status->tag.bucket}, status->tag.number},
-              "rank " + std::to_string(missing) + " did not come to the kernel within " +
-                  std::to_string(deadline_.count()) + " ms",
-              {missing});
+  return error({{status->tag.op, status->tag.bucket}, status->tag.number},
+               "rank " + std::to_string(missing) + " did not come to the kernel within " +
+                   std::to_string(deadline_.count()) + " ms",
+               {missing});
 }
 
 void Communicator::check() {
@@ -113,7 +111,7 @@ void Communicator::check() {
   }
   keep_failure([&] {
     do_check();
-    check_windows();
+    if (const auto failure = window_failure()) throw CommError(*failure);
   });
 }
 
@@ -189,7 +187,7 @@ WindowOffer Communicator::make_window(std::size_t bytes) {
   }
   WindowOffer offer{do_make_window(bytes), {}};
   const std::lock_guard lock(failure_mutex_);
-  std::erase_if(windows_, [](const auto& words) { return words.expired(); });
+  std::erase_if(windows_, [](const auto& words) { return words.use_count() == 1; });
   windows_.push_back(offer.window->words());
   return offer;
 }
@@ -207,9 +205,7 @@ void Communicator::broadcast(void* data, std::size_t bytes, int root, Traffic tr
           " bytes has a null pointer");
   const CollectiveScope scope(*this, {"broadcast"});
   keep_failure([&] { do_broadcast(data, bytes, root); });
-  if (rank() != root) return;
-  std::uint64_t& count = traffic == Traffic::payload ? wire_.payload : wire_.metadata;
-  count += bytes * static_cast<std::uint64_t>(size() - 1);
+  if (rank() == root) count_sent(traffic, bytes * static_cast<std::uint64_t>(size() - 1));
 }
 
 void Communicator::do_broadcast(void* data, std::size_t bytes, int root) {
@@ -231,7 +227,7 @@ void Communicator::sum_e4m3(void* codes, std::int64_t count) {
           " codes has a null pointer");
   const CollectiveScope scope(*this, {"sum_e4m3"});
   keep_failure([&] { do_sum_e4m3(codes, count); });
-  wire_.payload += sum_e4m3_bytes(count, size());
+  count_sent(Traffic::payload, sum_e4m3_bytes(count, size()));
 }
 
 void Communicator::do_sum_e4m3(void*, std::int64_t) {
@@ -242,19 +238,25 @@ std::unique_ptr<Communicator> make_single(const Context& ctx) {
   return std::make_unique<SingleRank>(ctx);
 }
 
-std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text) {
+namespace {
+
+// Of a length: the text says why its rank has failed.
+constexpr std::uint64_t kFailed = std::uint64_t{1} << 63;
+
+std::vector<std::string> gather_texts(Communicator& comm, const std::string& text, bool failed) {
   const CollectiveScope scope(comm, {"set-up"});
   const Context& ctx = comm.context();
   const auto ranks = static_cast<std::size_t>(comm.size());
 
-  const std::uint64_t length = text.size();
+  const std::uint64_t length = text.size() | (failed ? kFailed : 0);
   const Buffer own_length = upload_sync<std::uint64_t>(ctx, std::span(&length, 1));
   const Buffer all_lengths(ctx, ranks * sizeof(length));
   comm.all_gather(own_length.data(), all_lengths.data(), sizeof(length));
   const auto lengths = read_sync<std::uint64_t>(ctx, all_lengths.data(), ranks);
 
   std::vector<std::string> texts(ranks);
-  const std::size_t longest = *std::max_element(lengths.begin(), lengths.end());
+  std::size_t longest = 0;
+  for (std::uint64_t each : lengths) longest = std::max(longest, each & ~kFailed);
   if (longest == 0) return texts;
   std::string padded = text;
   padded.resize(longest);
@@ -263,9 +265,33 @@ std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::str
   comm.all_gather(own.data(), all.data(), longest);
   const auto bytes = read_sync<char>(ctx, all.data(), ranks * longest);
   for (std::size_t r = 0; r < ranks; ++r) {
-    texts[r].assign(bytes.data() + r * longest, lengths[r]);
+    texts[r].assign(bytes.data() + r * longest, lengths[r] & ~kFailed);
+    if ((lengths[r] & kFailed) != 0) {
+      throw SetUpError("rank " + std::to_string(r) + ": " + texts[r]);
+    }
   }
   return texts;
+}
+
+}  // namespace
+
+std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text) {
+  return gather_texts(comm, text, false);
+}
+
+void set_up_together_sync(Communicator& comm, const std::function<void()>& work) {
+  std::string problem;
+  try {
+    work();
+  } catch (const SetUpError&) {
+    throw;  // every rank does
+  } catch (const CommError&) {
+    throw;  // there is no way to tell them
+  } catch (const std::exception& error) {
+    problem = error.what();
+    if (problem.empty()) problem = "it failed";  // a failure is told by its text
+  }
+  gather_texts(comm, problem, !problem.empty());
 }
 
 }  // namespace octet

@@ -274,7 +274,9 @@ class ThreadRank final : public Communicator {
   // One address space: a pointer is good for all.
   std::unique_ptr<Window> do_make_window(std::size_t bytes) override {
     const std::size_t flags = peer_flag_bytes(size());
-    const auto memory = std::make_shared<Buffer>(context(), flags + bytes);
+    std::shared_ptr<Buffer> memory;
+    set_up_together_sync(*this,
+                         [&] { memory = std::make_shared<Buffer>(context(), flags + bytes); });
     zero_bytes(context(), memory->data(), flags);
     void* const own = memory->data();
     const Buffer mine = upload_sync<void*>(context(), std::span(&own, 1));

@@ -73,12 +73,14 @@ void require_equal(const std::vector<std::string>& texts) {
 }  // namespace
 
 void Engine::Impl::check_lists_agree() {
-  Buffer scales(ctx, params.size() * sizeof(TensorScale));
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    measure_amax(ctx, params[i].spec.init, scales.as<TensorScale>() + i);
-  }
-  const std::vector<float> amax =
-      read_amax_sync(ctx, scales.as<const TensorScale>(), params.size());
+  std::vector<float> amax;
+  set_up_together_sync(comm, [&] {
+    const Buffer scales(ctx, params.size() * sizeof(TensorScale));
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      measure_amax(ctx, params[i].spec.init, scales.as<TensorScale>() + i);
+    }
+    amax = read_amax_sync(ctx, scales.as<const TensorScale>(), params.size());
+  });
   std::ostringstream list;
   list.precision(9);  // every float apart from every other
   list_configuration(list, plan, config, schedule(), comm.size());

@@ -49,6 +49,7 @@ struct Engine::Impl {
 
   Impl(const Context& context, Communicator& communicator, const EngineConfig& c)
       : ctx(context), comm(communicator), config(c), streams(context, communicator.context()) {}
+  ~Impl();
 
   // set-up, in the order of freeze()
   void check_lists_agree();

@@ -8,10 +8,9 @@
 #include "octet/ops/quantize.hpp"
 
 namespace octet {
-// A rank that cannot go on must not leave the others waiting for it in their first step.
-void Engine::Impl::build() {
-  std::string problem;
-  try {
+// A rank that cannot go on must not leave the others waiting, here or in their first step.
+void Engine::Impl::build() try {
+  set_up_together_sync(comm, [this] {
     make_buckets();
     make_window();
     allocate_parameters();
@@ -22,13 +21,9 @@ void Engine::Impl::build() {
     // Or the casts of a backward pass would wait for the reductions that run beside it.
     if (schedule() == Schedule::overlap && comm.size() > 1) ctx.set_shares_device(true);
     describe();
-  } catch (const std::exception& error) {
-    problem = error.what();
-  }
-  const std::vector<std::string> problems = all_gather_text_sync(comm, problem);
-  for (std::size_t r = 0; r < problems.size(); ++r) {
-    require(problems[r].empty(), "Engine::freeze: rank ", r, ": ", problems[r]);
-  }
+  });
+} catch (const SetUpError& error) {
+  fail("Engine::freeze: ", error.what());
 }
 
 // One dtype per bucket, in reverse order of registration, which is about the order in which a
@@ -378,6 +373,10 @@ void Engine::Impl::describe() {
   }
   if (comm.size() == 1) {
     plan.weight_gather = "written by the update";
+    if (config.windows.value_or(false)) {
+      plan.notes.push_back(
+          "no window, though EngineConfig::windows is true: one rank has no peers");
+    }
     if (plan.sharding == Sharding::optimizer) {
       plan.notes.push_back("one rank holds the whole optimizer: sharding has nothing to cut");
     }

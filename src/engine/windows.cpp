@@ -5,6 +5,8 @@
 // (or the first meeting in a kernel) and the all-gather of the optimizer's scales (or the second);
 // weights are written between the all-gather of the flag, before which all ranks have ended their
 // backward pass, and that of the optimizer's scales, before which no rank goes on.
+#include <exception>
+
 #include "engine/engine_impl.hpp"
 
 namespace octet {
@@ -16,6 +18,16 @@ constexpr int kBlocksBesideBackward = 32;
 std::size_t padded(std::size_t bytes) { return WorkspaceScope::padded(bytes); }
 
 }  // namespace
+
+// A window goes in the order of the communicator's stream; what the engine's was given before, a
+// forward pass that reads weights, say, comes first.
+Engine::Impl::~Impl() {
+  if (window == nullptr) return;
+  try {
+    streams.fork();
+  } catch (const std::exception&) {  // the device has failed; freeing memory will not wait for it
+  }
+}
 
 // One after the other, as they are taken.
 std::vector<std::size_t> Engine::Impl::window_parts() const {

@@ -10,6 +10,7 @@
 #include <functional>
 #include <optional>
 
+#include "octet/comm/collectives.hpp"
 #include "octet/comm/nccl.hpp"
 #include "support/catch.hpp"
 #include "support/devices.hpp"
@@ -289,6 +290,46 @@ void captured(Rank& r) {
   CHECK(r.good_swaps(*comm) == "");
 }
 
+// Rank 1 does not come to a kernel over a window. The host hears of it, and what NCCL has to do
+// behind it on the stream, for which rank 1 does not come either, keeps nobody from the end.
+void absent_from_window(Rank& r) {
+  auto comm = r.create(0);
+  CHECK(r.good_swaps(*comm) == "");
+  WindowOffer offer = comm->make_window(256 + kBytes);
+  if (offer.window == nullptr) {
+    WARN("skipped: " << offer.refusal);
+    return;
+  }
+  std::unique_ptr<Window> window = std::move(offer.window);
+  auto* const scale = static_cast<TensorScale*>(window->data());
+  void* const codes = static_cast<char*>(window->data()) + 256;
+  write(r.ctx, scale, std::vector<TensorScale>(1));
+  zero_bytes(r.ctx, codes, kBytes);
+  const Buffer flag = upload_sync<std::uint32_t>(r.ctx, std::vector<std::uint32_t>(1));
+  constexpr std::int64_t kHalf = kBytes / 2;
+  auto mean = std::make_unique<MeanReducer>(
+      *comm, MeanReducer::Path::two_shot,
+      std::vector<ReduceTensor>{{{codes, DType::e4m3, {2 * kHalf}, r.ctx.device()}, {}}}, scale,
+      Owners{{{0, 0, kHalf}}, {{0, kHalf, kHalf}}}, kName.bucket, window.get());
+  if (r.rank == 0) {
+    check_failure(*comm, [&] {
+      mean->run(flag.as<std::uint32_t>());
+      r.swap(*comm);
+      for (;;) comm->check();
+    });
+    publish(r.file("failed", 0));
+  } else {
+    await(r.file("failed", 0), kPatience);
+  }
+  const auto start = ProcessClock::now();
+  mean.reset();
+  window.reset();
+  CHECK(ProcessClock::now() - start < seconds(15));
+  check_end(comm);
+  comm = r.create(1);
+  CHECK(r.good_swaps(*comm) == "");
+}
+
 void run_scenario(Rank& r, const std::string& scenario) {
   if (scenario == "absent") return absent(r, true, false);
   if (scenario == "absent at first") return absent(r, false, false);
@@ -298,6 +339,7 @@ void run_scenario(Rank& r, const std::string& scenario) {
   if (scenario == "throwing") return throwing(r);
   if (scenario == "killed") return killed(r);
   if (scenario == "captured") return captured(r);
+  if (scenario == "absent from a window") return absent_from_window(r);
   fail("there is no scenario ", scenario);
 }
 
@@ -356,6 +398,9 @@ TEST_CASE("NCCL: a rank that is late by less than the deadline") { run_everywher
 TEST_CASE("NCCL: a rank that leaves by an exception") { run_everywhere("throwing"); }
 TEST_CASE("NCCL: a rank that is killed, again and again") { run_everywhere("killed"); }
 TEST_CASE("NCCL: a rank that stops to launch a captured graph") { run_everywhere("captured"); }
+TEST_CASE("NCCL: a rank that does not come to a kernel over a window") {
+  run_everywhere("absent from a window");
+}
 
 TEST_CASE("NCCL: a rank that is not created, and communicators of one rank leave nothing") {
   if (cuda_device_count() == 0) {

@@ -101,6 +101,42 @@ TEST_CASE("a rank without memory ends freeze on every rank, and the engine is sp
   }
 }
 
+// The ranks meet several times in freeze(): wherever one of them stops, the others must not take
+// its words for something else, nor wait for it.
+TEST_CASE("wherever memory ends on one rank, every rank throws its reason") {
+  for (const bool windows : {false, true}) {
+    int failures = 0;
+    for (std::size_t kib = 80; kib <= 420; kib += 10) {
+      ThreadGroup group(3, std::chrono::seconds(5));
+      std::array<std::string, 3> errors;
+      std::vector<std::thread> ranks;
+      for (int rank = 0; rank < 3; ++rank) {
+        ranks.emplace_back([&, rank] {
+          Limited memory{(rank == 1 ? kib : std::size_t{10'000}) << 10};
+          const Context ctx = Context::cpu({Limited::allocate, Limited::deallocate, &memory});
+          const auto comm = group.join(rank, ctx);
+          std::vector<Tensor> keep;
+          Engine engine(ctx, *comm, {.level = Level::O3, .bucket_elements = 1, .windows = windows});
+          engine.add(made(ctx, keep, "first", {300, 40}, 1));
+          engine.add(made(ctx, keep, "second", {64, 100}, 2));
+          errors[static_cast<std::size_t>(rank)] = error_of([&] { engine.freeze(); });
+        });
+      }
+      for (std::thread& rank : ranks) rank.join();
+      CAPTURE(windows, kib);
+      if (errors[0] == "no error") {
+        CHECK((errors[1] == "no error" && errors[2] == "no error"));
+        continue;
+      }
+      ++failures;
+      for (const std::string& error : errors) {
+        CHECK(missing(error, {"Engine::freeze: rank 1: ", "out of memory"}) == "");
+      }
+    }
+    CHECK(failures > 5);
+  }
+}
+
 TEST_CASE("hyper-parameters that no step could use are refused at once") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (float bad : {nan, -0.1f, std::numeric_limits<float>::infinity()}) {

@@ -95,6 +95,34 @@ TEST_CASE("every row of the plan is what the allocator gave") {
   }
 }
 
+TEST_CASE("with a window every row of the plan is what the allocator gave") {
+  for (Level level : kLevels) {
+    for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+      const EngineConfig sent = {.level = level, .sharding = sharding, .windows = false};
+      EngineConfig read = sent;
+      read.windows = true;
+      const auto without = measure(sent, 3), with = measure(read, 3);
+      for (std::size_t r = 0; r < with.size(); ++r) {
+        INFO(name_of(level) << ", sharding " << name_of(sharding) << ", rank " << r);
+        std::uint64_t sum = 0;
+        for (const MemoryRow& each : with[r].plan.memory) {
+          INFO(each.what << (each.fp8_managed ? ", FP8-managed" : ", other"));
+          CHECK(each.predicted == each.measured);
+          if (each.state) {
+            CHECK(each.measured == row(without[r].plan, each.what, each.fp8_managed));
+          }
+          sum += each.measured;
+        }
+        CHECK(sum <= with[r].held);
+        CHECK(with[r].held - sum < 1024);
+        CHECK(with[r].grown_in_steps == 0);
+        CHECK(with[r].payload == without[r].payload);
+        CHECK(with[r].payload == with[r].plan.wire_bytes_per_step);
+      }
+    }
+  }
+}
+
 TEST_CASE("with the schedule fused the plan counts a buffer of the means where steps may clip") {
   for (Level level : kLevels) {
     for (int ranks : {2, 3}) {

@@ -49,14 +49,18 @@ TEST_CASE("overlap has the bits of a reduction after backward, in any order of r
       const Bytes expected = everything(sequential);
       overlap(options);
       options.order = random_order;
-      for (std::int64_t elements : {std::int64_t{1}, std::int64_t{20000}, std::int64_t{1} << 40}) {
-        options.config.bucket_elements = elements;
-        const std::vector<RankResult> results = train(options);
-        INFO(describe(options));
-        CHECK(rank_difference(results) == "");
-        CHECK(first_difference(everything(results), expected) == "");
-        CHECK(first_difference(results[0].norms, sequential[0].norms) == "");
-        CHECK(results[0].payload_per_step == results[0].plan.wire_bytes_per_step);
+      for (bool windows : {false, true}) {
+        for (std::int64_t elements :
+             {std::int64_t{1}, std::int64_t{20000}, std::int64_t{1} << 40}) {
+          options.config.windows = windows;
+          options.config.bucket_elements = elements;
+          const std::vector<RankResult> results = train(options);
+          INFO(describe(options) << ", windows " << windows);
+          CHECK(rank_difference(results) == "");
+          CHECK(first_difference(everything(results), expected) == "");
+          CHECK(first_difference(results[0].norms, sequential[0].norms) == "");
+          CHECK(results[0].payload_per_step == results[0].plan.wire_bytes_per_step);
+        }
       }
     }
   }

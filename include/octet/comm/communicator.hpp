@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -128,6 +129,8 @@ class Communicator {
                   std::vector<int> ranks = {}) const;
   /// Makes check() throw this error; the first one stays. From any thread.
   void set_failure(const CommError& error);
+  /// Of a kernel over a window that gave up, if one did. From any thread.
+  std::optional<CommError> window_failure();
 
   virtual void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) = 0;
   virtual void do_all_gather(const void* send, void* recv, std::size_t bytes) = 0;
@@ -150,7 +153,6 @@ class Communicator {
   void close() noexcept;
   template <class Call>
   void keep_failure(Call call);
-  void check_windows();
 
   Context ctx_;
   std::chrono::milliseconds deadline_;
@@ -161,7 +163,7 @@ class Communicator {
   std::atomic<bool> failed_{false};
   std::mutex failure_mutex_;
   std::optional<CommError> failure_;
-  std::vector<std::weak_ptr<PeerWords>> windows_;
+  std::vector<std::shared_ptr<PeerWords>> windows_;  ///< also of windows that are gone
 };
 
 /// What a rank sends of `count` codes in a ring: 2 (ranks - 1) / ranks of them, rounded down.
@@ -213,7 +215,20 @@ class ThreadGroup {
   std::shared_ptr<State> state_;
 };
 
-/// Gathers a text from every rank, in rank order. Waits for the stream: for set-up only.
+/// One rank could not do its part of a set-up, so none goes on: "rank 1: out of memory ...", the
+/// same on every rank.
+class SetUpError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// Gathers a text from every rank, in rank order. Waits for the stream: for set-up only. Throws
+/// SetUpError on all ranks when one of them has failed in set_up_together_sync().
 std::vector<std::string> all_gather_text_sync(Communicator& comm, const std::string& text);
+
+/// Does `work` on every rank or throws SetUpError on every rank. Where it throws on one, the others
+/// learn of it at the end of theirs or in the next all_gather_text_sync() of it; other collectives
+/// of `work` must not come behind what can fail on one rank alone.
+void set_up_together_sync(Communicator& comm, const std::function<void()>& work);
 
 }  // namespace octet

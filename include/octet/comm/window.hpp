@@ -35,7 +35,8 @@ class PeerWords {
 
 /// Device memory of which every rank has a piece of the same size, and which the kernels of all
 /// ranks load from and store to: over NVLink through NCCL's symmetric windows, within one device or
-/// one process directly. Made by Communicator::make_window() on all ranks together.
+/// one process directly. Made by Communicator::make_window() on all ranks together. The memory goes
+/// back in the order of the communicator's stream.
 class Window {
  public:
   /// For communicators. Memory begins with peer_flag_bytes(), zeroed, and behind them come the

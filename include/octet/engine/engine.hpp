@@ -37,7 +37,7 @@ struct EngineConfig {
   /// Whether ranks read and write one another's memory (Communicator::make_window()): gradients,
   /// their scales and, of an optimizer cut over ranks, weights then lie in a window. Default: with
   /// NCCL, where the devices can; the plan says why not. true where they cannot is an error at
-  /// freeze().
+  /// freeze(); one rank has no peers and no window.
   std::optional<bool> windows = {};
   /// Whether steps may clip. The norm is that of the means, so with `fused` this keeps the FP32
   /// shard buffer (4 bytes per parameter that a rank owns), which only steps that clip fill.
