@@ -267,19 +267,54 @@ std::vector<std::vector<Bytes>> weights_after(const EngineConfig& config, bool p
 
 TEST_CASE("a step writes every byte of the weights on every rank and reads none before") {
   for (Level level : {Level::O0, Level::O2, Level::O3}) {
+    std::vector<std::vector<Bytes>> first;
     for (Schedule schedule : {Schedule::after_backward, Schedule::fused}) {
       if (schedule == Schedule::fused && level != Level::O3) continue;
-      const EngineConfig config = {
-          .level = level, .bucket_elements = 9000, .schedule = schedule, .clipping = false};
-      const auto clean = weights_after(config, false);
-      const auto poisoned = weights_after(config, true);
-      CAPTURE(name_of(level), name_of(schedule));
-      for (std::size_t r = 0; r < 3; ++r) {
-        CHECK(clean[r] == clean[0]);
-        CHECK(poisoned[r] == clean[0]);
+      for (bool windows : {false, true}) {
+        const EngineConfig config = {.level = level,
+                                     .bucket_elements = 9000,
+                                     .schedule = schedule,
+                                     .windows = windows,
+                                     .clipping = false};
+        const auto clean = weights_after(config, false);
+        const auto poisoned = weights_after(config, true);
+        if (first.empty()) first = clean;
+        CAPTURE(name_of(level), name_of(schedule), windows);
+        for (std::size_t r = 0; r < 3; ++r) {
+          CHECK(clean[r] == first[0]);
+          CHECK(poisoned[r] == first[0]);
+        }
       }
     }
   }
+}
+
+namespace {
+
+// What two ranks are told of their windows, or why there is no engine.
+std::string windows_of(std::optional<bool> windows, bool mixed) {
+  std::string text;
+  run_ranks(2, [&](Communicator& inner) {
+    MixedDevices other(inner);
+    Communicator& comm = mixed ? static_cast<Communicator&>(other) : inner;
+    Engine engine(comm.context(), comm, {.level = Level::O2, .windows = windows});
+    std::vector<Buffer> keep;
+    add_parameters(engine, comm.context(), keep);
+    const std::string error = error_of([&] { engine.freeze(); });
+    if (comm.rank() == 1) text = error == "no error" ? engine.plan().to_markdown() : error;
+  });
+  return text;
+}
+
+}  // namespace
+
+TEST_CASE("the plan says whether ranks reach one another's memory, and why not") {
+  CHECK(missing(windows_of({}, false), {"send/receive", "the default with NCCL only"}) == "");
+  CHECK(missing(windows_of(false, false), {"send/receive", "EngineConfig::windows is false"}) ==
+        "");
+  CHECK(missing(windows_of(true, false), {"one kernel over memory windows", "lie in a window"}) ==
+        "");
+  CHECK(missing(windows_of(true, true), {"EngineConfig::windows is true", "mixed"}) == "");
 }
 
 namespace {
