@@ -3,6 +3,8 @@
 // once; the kernels that work on them know plain pointers.
 #include "cuda/comm/nccl_window.hpp"
 
+#if NCCL_VERSION_CODE >= 22800  // else no_nccl_window.cpp
+
 #include <nccl_device.h>
 
 #include <algorithm>
@@ -130,3 +132,5 @@ std::unique_ptr<Window> make_nccl_window(NcclRank& rank, std::size_t bytes) {
 }
 
 }  // namespace octet::detail::cuda
+
+#endif

@@ -132,6 +132,31 @@ TEST_CASE("a flag of one rank's casts or a NaN among its codes is known to all")
   }
 }
 
+TEST_CASE("what stands in the padding of the scales reaches nothing") {
+  for (DeviceType device : rank_devices()) {
+    const Shape shape = {5, 300};  // 3 blocks a row; rows of scales padded from 5 to 16
+    BlockBucket bucket = random_bucket(3, {shape});
+    bucket.owners = deal_rows(bucket, 1, [](int k) { return k % 3; });
+    BlockBucket spoilt = bucket;
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    for (auto& own : spoilt.blocks) {
+      REQUIRE(own[0].scales.size() == 3 * 16 * sizeof(float));
+      for (std::size_t i = 0; i < 3 * 16; ++i) {
+        if (i % 16 >= 5) std::memcpy(own[0].scales.data() + i * sizeof(float), &nan, sizeof(nan));
+      }
+    }
+    for (Path path : kPaths) {
+      const auto clean = reduce(bucket, path, device), after = reduce(spoilt, path, device);
+      for (std::size_t r = 0; r < 3; ++r) {
+        CHECK(after[r].nonfinite == 0);
+        CHECK(after[r].scales[0].amax == clean[r].scales[0].amax);
+        CHECK(after[r].shards == clean[r].shards);
+        CHECK(after[r].blocks[0].codes == clean[r].blocks[0].codes);
+      }
+    }
+  }
+}
+
 TEST_CASE("sums beyond FP32 raise the flag") {
   for (DeviceType device : rank_devices()) {
     BlockBucket bucket;

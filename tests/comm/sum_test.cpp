@@ -3,6 +3,8 @@
 
 #include <limits>
 
+#include "octet/ops/quantize.hpp"
+#include "octet/optim/adamw.hpp"
 #include "support/catch.hpp"
 #include "support/errors.hpp"
 #include "support/random.hpp"
@@ -289,6 +291,71 @@ TEST_CASE("mu goes through a checkpoint, and what it cannot be is refused") {
     CHECK(mu.exponent_sync() == -1234);
   }
   CHECK(missing(error_of([] { AutoScale(Context::cpu(), 0); }), {"ranks", "0"}) == "");
+}
+
+namespace {
+
+// What a trainer of its own writes: cast, sum, mu, AdamW with the states of O2. `wide`: the update
+// gets the means decoded instead, in f32.
+std::vector<std::uint8_t> train_with_sums(Communicator& comm, int steps, bool wide) {
+  const Context& ctx = comm.context();
+  const Shape shape = {96, 64};
+  const auto count = at(shape.numel());
+  const Tensor codes(ctx, DType::e4m3, shape), means(ctx, DType::f32, shape);
+  const Tensor weight(ctx, DType::e4m3, shape);
+  const Buffer scales = upload(ctx, std::vector<TensorScale>(2));
+  const Buffer flag = upload(ctx, std::vector<std::uint32_t>{0});
+  auto *scale = scales.as<TensorScale>(), *wide_scale = scale + 1;
+  AutoScale mu(ctx, comm.size());
+  SumReducer reducer(comm, {codes}, scale, &mu);
+  AdamWParam param = {
+      .shape = shape,
+      .formats = {WeightFormat::e4m3, StateFormat::f16, StateFormat::e4m3, StateFormat::f16},
+      .gradient = wide ? means : codes,
+      .gradient_scale = wide ? wide_scale : scale,
+      .weight = weight};
+  AdamW optimizer(ctx, {}, {param});
+  const Buffer init = upload(ctx, normal_values(count, 1, 0.02f));
+  optimizer.initialise(0, view_of(ctx, init, DType::f32, shape));
+  for (int step = 0; step < steps; ++step) {
+    const auto seed = static_cast<std::uint32_t>(10 * step + comm.rank());
+    const Buffer gradient = upload(ctx, normal_values(count, seed));
+    quantize(ctx, {.in = view_of(ctx, gradient, DType::f32, shape),
+                   .out = {codes, scale},
+                   .nonfinite = flag.as<std::uint32_t>()});
+    reducer.run(flag.as<std::uint32_t>());
+    mu.update();
+    if (wide) {
+      convert(ctx, {codes, scale}, means);
+      const float amax = download_one<TensorScale>(ctx, scale).amax;
+      write_one(ctx, wide_scale, TensorScale{1.0f, 1.0f, amax});
+    }
+    optimizer.step({.lr = 1e-3f, .nonfinite = flag.as<std::uint32_t>()});
+  }
+  require(mu.exponent_sync() == steps, "mu is 2^(", mu.exponent_sync(), " / 1000)");
+  auto result = download_bytes(ctx, weight);
+  const auto states = download<std::uint8_t>(ctx, optimizer.scales(), 4 * sizeof(TensorScale));
+  result.insert(result.end(), states.begin(), states.end());
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("a trainer with sums, mu and AdamW: equal weights on all ranks, those of the means") {
+  for (DeviceType device : rank_devices()) {
+    std::vector<std::vector<std::uint8_t>> sums(3), means(3);
+    run_ranks(
+        3,
+        [&](Communicator& comm) {
+          sums[at(comm.rank())] = train_with_sums(comm, 5, false);
+          means[at(comm.rank())] = train_with_sums(comm, 5, true);
+        },
+        device);
+    for (std::size_t r = 0; r < 3; ++r) {
+      CHECK(first_difference(sums[r], sums[0]) == "");
+      CHECK(first_difference(sums[r], means[0]) == "");
+    }
+  }
 }
 
 TEST_CASE("the payload is that of a ring, scales are metadata") {
