@@ -173,6 +173,11 @@ __device__ void reduce_run(const WindowMeanArgs& args, const Run& run, PieceScal
   reduce_elements<In, Out>(args, piece, whole * kPack, min(run.end * kPack, piece.count), scales);
 }
 
+/// What was reduced is not to be used: the step that follows in the stream is skipped.
+__device__ void give_up(const WindowMeanArgs& args) {
+  if (threadIdx.x == 0) *args.nonfinite = 1;
+}
+
 /// One block's work beside the others: the scales of all tensors of the bucket, of which every rank
 /// needs a copy. They take the place of this rank's own once nobody reads those any more, which the
 /// other ranks' blocks of this kind and all workers say by their second meeting.
@@ -183,9 +188,11 @@ __device__ void set_mean_scales(const WindowMeanArgs& args, std::uint32_t epoch)
     if (!is_finite_bits(magnitude_bits(bound))) *args.nonfinite = 1;
     args.mean_scales[t] = mean_scale(args.out_dtype, bound);
   }
-  if (!meet_peers(args.peers, epoch + 2)) return;
   const int workers = static_cast<int>(gridDim.x) - 1;
-  if (!wait_for_all_blocks(args.peers, workers)) return;
+  if (!meet_peers(args.peers, epoch + 2) || !wait_for_all_blocks(args.peers, workers)) {
+    give_up(args);
+    return;
+  }
   TensorScale* own = scales_on(args, args.peers.rank);
   for (std::int64_t t = threadIdx.x; t < args.tensor_count; t += kThreads) {
     own[t] = args.mean_scales[t];
@@ -216,7 +223,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   std::int64_t p = at < end ? piece_at(args, at) : 0;
   WindowPiece piece = at < end ? args.pieces[p] : WindowPiece{};
   const std::uint32_t epoch = args.peers.epochs[blockIdx.x];
-  if (!meet_peers(args.peers, epoch + 1)) return;
+  if (!meet_peers(args.peers, epoch + 1)) {
+    give_up(args);
+    return;
+  }
   while (at < end) {
     const bool is_last = p + 1 == args.piece_count;
     const WindowPiece next = is_last ? WindowPiece{.begin = args.pack_count} : args.pieces[p + 1];

@@ -78,7 +78,10 @@ void reduce_piece(const WindowMeanArgs& args, const WindowPiece& piece) {
 }  // namespace
 
 void window_mean(const Context&, const WindowMeanArgs& args) {
-  if (!meet_peers(args.peers)) return;
+  if (!meet_peers(args.peers)) {
+    *args.nonfinite = 1;  // the step that follows is skipped
+    return;
+  }
   for (std::int64_t t = 0; t < args.tensor_count; ++t) {
     const float bound =
         mean_bound(args.dtype, args.peers.ranks, [&](int r) { return scale_on(args, r, t); });
@@ -90,7 +93,10 @@ void window_mean(const Context&, const WindowMeanArgs& args) {
       reduce_piece<In, Out>(args, args.pieces[p]);
     }
   });
-  if (!meet_peers(args.peers)) return;
+  if (!meet_peers(args.peers)) {
+    *args.nonfinite = 1;  // the step that follows is skipped
+    return;
+  }
   auto* scales =
       reinterpret_cast<TensorScale*>(args.peers.windows[args.peers.rank] + args.scales_offset);
   std::copy_n(args.mean_scales, args.tensor_count, scales);

@@ -117,6 +117,7 @@ TEST_CASE("a kernel whose peers do not come gives up at the deadline and says wh
     }();
     std::vector<std::string> failures(3);
     std::vector<double> seconds(3);
+    std::vector<std::uint32_t> flags(3);
     std::atomic<int> given_up = 0;
     run_ranks(
         3,
@@ -132,6 +133,7 @@ TEST_CASE("a kernel whose peers do not come gives up at the deadline and says wh
           if (comm.rank() != 1) {
             reducer.run(flag.as<std::uint32_t>());
             failures[at(comm.rank())] = error_of([&] { comm.synchronize(); });
+            flags[at(comm.rank())] = download_one<std::uint32_t>(ctx, flag.data());
             ++given_up;
           }
           while (given_up < 2) std::this_thread::sleep_for(1ms);
@@ -144,6 +146,7 @@ TEST_CASE("a kernel whose peers do not come gives up at the deadline and says wh
                                 "rank 1 did not come to the kernel within 700 ms"}) == "");
     CHECK(missing(failures[2], {"two_shot of bucket 4", "on rank 2 of 3",
                                 "rank 1 did not come to the kernel within 700 ms"}) == "");
+    CHECK(flags == std::vector<std::uint32_t>{1, 0, 1});
     CHECK(seconds[0] < 10);
   }
 }

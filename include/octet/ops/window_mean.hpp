@@ -35,7 +35,8 @@ struct WindowMeanArgs {
 /// means to every rank and meets them again. Every rank calls it with pieces that together hold
 /// every element once.
 /// Stream-ordered; deterministic; the bits of reduce_mean(). A rank that does not come by the
-/// deadline leaves the contributions in an unknown state and peers.status->failed set.
+/// deadline leaves the contributions in an unknown state, peers.status->failed set and the flag
+/// raised, so that an optimizer's step behind it changes nothing.
 /// Throws octet::Error for arguments that do not fit.
 void window_mean(const Context& ctx, const WindowMeanArgs& args);
 
