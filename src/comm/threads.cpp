@@ -254,7 +254,15 @@ class ThreadRank final : public Communicator {
   }
 
   void do_check() override {
+    const std::optional<CommError> gave_up = window_failure();
     const std::lock_guard lock(state_->mutex);
+    // The others may be in no kernel, and would not know.
+    if (gave_up.has_value()) {
+      const CommError::Where& where = gave_up->where();
+      state_->abort_locked({"rank " + std::to_string(rank_) + " gave up: " + gave_up->what(),
+                            where.ranks, current().name, current().number});
+      throw CommError(*gave_up);
+    }
     if (state_->aborted.has_value()) throw error_of(*state_->aborted);
   }
 

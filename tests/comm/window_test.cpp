@@ -137,6 +137,7 @@ TEST_CASE("a kernel whose peers do not come gives up at the deadline and says wh
             ++given_up;
           }
           while (given_up < 2) std::this_thread::sleep_for(1ms);
+          if (comm.rank() == 1) failures[1] = error_of([&] { comm.check(); });
           seconds[at(comm.rank())] =
               std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
         },
@@ -145,6 +146,8 @@ TEST_CASE("a kernel whose peers do not come gives up at the deadline and says wh
     CHECK(missing(failures[0], {"two_shot of bucket 4", "on rank 0 of 3",
                                 "rank 1 did not come to the kernel within 700 ms"}) == "");
     CHECK(missing(failures[2], {"two_shot of bucket 4", "on rank 2 of 3",
+                                "rank 1 did not come to the kernel within 700 ms"}) == "");
+    CHECK(missing(failures[1], {"rank 1 of 3: rank ", " gave up: two_shot of bucket 4",
                                 "rank 1 did not come to the kernel within 700 ms"}) == "");
     CHECK(flags == std::vector<std::uint32_t>{1, 0, 1});
     CHECK(seconds[0] < 10);
