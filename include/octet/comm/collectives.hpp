@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "octet/comm/communicator.hpp"
@@ -92,6 +93,14 @@ class MeanReducer {
   Buffer staging_, pieces_, gathered_;
   std::uint64_t payload_ = 0;
 };
+
+/// Gives every rank the tensors of rank `root` with their scales, as stored: lists of the same
+/// shapes, dtypes and scales on every rank, on the communicator's device. Enqueued on its stream as
+/// one collective; exact. Contents are counted on the root as payload, once for each of the others,
+/// scales as metadata. For set-up: lists are made on the host in every call. Throws octet::Error
+/// for a root that is no rank and a tensor on another device or without memory, CommError as all
+/// collectives.
+void broadcast(Communicator& comm, std::span<const ScaledView> tensors, int root);
 
 /// Gives every rank all pieces of a list of tensors: each rank sends the pieces it owns.
 class PieceGather {
