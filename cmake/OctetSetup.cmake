@@ -39,6 +39,10 @@ if(NOT OCTET_OPENMP STREQUAL OFF)
   endif()
 endif()
 
+# --- JSON ---
+# Headers alone, for files of weights; what uses the library never needs them.
+find_package(nlohmann_json 3.9 REQUIRED)
+
 # --- CUDA ---
 # Sets `path` to nvcc and `problem` to the reason why it cannot be used, if there is one.
 function(octet_find_nvcc path problem)
@@ -163,7 +167,8 @@ function(octet_configure_library target)
     POSITION_INDEPENDENT_CODE ON
     VERSION ${PROJECT_VERSION}
     SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
-  target_link_libraries(${target} PRIVATE Threads::Threads)
+  target_link_libraries(${target} PRIVATE
+    Threads::Threads $<BUILD_INTERFACE:nlohmann_json::nlohmann_json>)
   if(OCTET_HAS_OPENMP)
     target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   else()
