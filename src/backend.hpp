@@ -39,6 +39,10 @@ struct Backend {
   void (*event_destroy)(const Context&, void* event);
   void (*event_record)(const Context&, void* event);
   void (*event_wait)(const Context&, void* event);
+  /// Page-locked host memory that kernels of every device reach at the same address; the ordinary
+  /// memory of a CPU. Throws when there is none.
+  void* (*allocate_pinned)(std::size_t bytes, CUstream_st* stream, void* device_index);
+  void (*deallocate_pinned)(void* data, std::size_t bytes, CUstream_st* stream, void* device_index);
   /// Host memory that the device's kernels reach too, and where.
   void* (*allocate_mapped)(const Context&, std::size_t bytes, void** on_device);
   void (*deallocate_mapped)(const Context&, void* data);

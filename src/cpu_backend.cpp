@@ -17,6 +17,8 @@ const Backend& cpu_backend() {
       .event_destroy = cpu::event_destroy,
       .event_record = cpu::event_record,
       .event_wait = cpu::event_wait,
+      .allocate_pinned = cpu::allocate,
+      .deallocate_pinned = cpu::deallocate,
       .allocate_mapped = cpu::allocate_mapped,
       .deallocate_mapped = cpu::deallocate_mapped,
       .quantize = cpu::quantize,

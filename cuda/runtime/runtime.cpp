@@ -69,6 +69,33 @@ void event_wait(const Context& ctx, void* event) {
   OCTET_CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), static_cast<cudaEvent_t>(event), 0));
 }
 
+void* allocate_pinned(std::size_t bytes, CUstream_st*, void* device_index) {
+  OCTET_CUDA_CHECK(cudaSetDevice(index_of(device_index)));
+  void* data = nullptr;
+  const cudaError_t status =
+      cudaHostAlloc(&data, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    fail("out of pinned host memory for cuda:", index_of(device_index), ": ", bytes,
+         " bytes were asked for");
+  }
+  OCTET_CUDA_CHECK(status);
+  // With unified addressing, which every 64-bit platform has, kernels use the host's address.
+  void* on_device = nullptr;
+  const cudaError_t mapped = cudaHostGetDevicePointer(&on_device, data, 0);
+  if (mapped == cudaSuccess && on_device == data) return data;
+  cudaFreeHost(data);
+  OCTET_CUDA_CHECK(mapped);
+  fail("cuda:", index_of(device_index), " reaches pinned host memory at another address only");
+}
+
+// Like deallocate(): the stream may be gone already, so all of the device's work is waited for.
+void deallocate_pinned(void* data, std::size_t, CUstream_st*, void* device_index) {
+  cudaSetDevice(index_of(device_index));
+  cudaDeviceSynchronize();
+  cudaFreeHost(data);
+}
+
 void* allocate_mapped(const Context& ctx, std::size_t bytes, void** on_device) {
   set_device(ctx);
   void* data = nullptr;

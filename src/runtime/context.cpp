@@ -35,6 +35,11 @@ ContextState::~ContextState() { deallocate(workspace, workspace_bytes); }
 
 namespace {
 
+// The index travels as the user pointer: the library's own allocators need nothing else.
+void* user_of(Device device) {
+  return reinterpret_cast<void*>(static_cast<std::intptr_t>(device.index));
+}
+
 std::shared_ptr<detail::ContextState> make_state(Device device, CUstream_st* stream,
                                                  const detail::Backend& backend,
                                                  const Allocator& allocator) {
@@ -46,11 +51,19 @@ std::shared_ptr<detail::ContextState> make_state(Device device, CUstream_st* str
   state->backend = &backend;
   state->allocator = allocator;
   if (allocator.allocate == nullptr) {
-    // The index travels as the user pointer: the default allocator needs nothing else.
-    void* index = reinterpret_cast<void*>(static_cast<std::intptr_t>(device.index));
-    state->allocator = {backend.allocate, backend.deallocate, index};
+    state->allocator = {backend.allocate, backend.deallocate, user_of(device)};
   }
   return state;
+}
+
+// Throws, beginning with `what`, unless this machine has the device.
+const detail::Backend& backend_for(Device device, const char* what) {
+  if (device.type == DeviceType::cpu) return detail::cpu_backend();
+  const detail::CudaPart& cuda = detail::cuda_part();
+  require(cuda.backend != nullptr, what, "(", device.index,
+          "): this build of octet has no CUDA; configure it with OCTET_CUDA=ON");
+  cuda.check_device(device.index);
+  return *cuda.backend;
 }
 
 }  // namespace
@@ -60,11 +73,12 @@ Context Context::cpu(Allocator allocator) {
 }
 
 Context Context::cuda(int device, CUstream_st* stream, Allocator allocator) {
-  const detail::CudaPart& cuda = detail::cuda_part();
-  require(cuda.backend != nullptr, "Context::cuda(", device,
-          "): this build of octet has no CUDA; configure it with OCTET_CUDA=ON");
-  cuda.check_device(device);
-  return Context(make_state({DeviceType::cuda, device}, stream, *cuda.backend, allocator));
+  const Device at{DeviceType::cuda, device};
+  return Context(make_state(at, stream, backend_for(at, "Context::cuda"), allocator));
+}
+
+Context Context::with_allocator(const Allocator& allocator) const {
+  return Context(make_state(device(), stream(), *state_->backend, allocator));
 }
 
 Device Context::device() const { return state_->device; }
@@ -112,6 +126,11 @@ void* WorkspaceScope::take(std::size_t bytes) {
 TensorView WorkspaceScope::take(DType dtype, Shape shape) {
   const std::size_t bytes = static_cast<std::size_t>(shape.numel()) * size_of(dtype);
   return {take(bytes), dtype, shape, ctx_.device()};
+}
+
+Allocator pinned_host_allocator(Device device) {
+  const detail::Backend& backend = backend_for(device, "pinned_host_allocator");
+  return {backend.allocate_pinned, backend.deallocate_pinned, user_of(device)};
 }
 
 int cuda_device_count() {

@@ -6,6 +6,7 @@
 #include <new>
 #include <numeric>
 
+#include "octet/ops/quantize.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/devices.hpp"
@@ -144,6 +145,47 @@ TEST_CASE("copies, zeros and reads") {
     copy_bytes(ctx, nullptr, nullptr, 0);
     CHECK(DeviceValue<int>(ctx, other.as<int>() + 5).read_sync() == 6);
   }
+}
+
+TEST_CASE("pinned host memory is reached by the device and by the host") {
+  for (const Context& ctx : test_contexts()) {
+    const Context host = ctx.with_allocator(pinned_host_allocator(ctx.device()));
+    CHECK(host.device() == ctx.device());
+    CHECK(host.stream() == ctx.stream());
+    const std::size_t before = ctx.memory_use().current;
+    {
+      const Buffer codes(host, 1000), values(host, 1000 * sizeof(float));
+      CHECK(host.memory_use().current == 5000);
+      CHECK(ctx.memory_use().current == before);
+      CHECK(is_aligned(codes.data()));
+      zero_bytes(host, codes.data(), codes.bytes());
+      host.synchronize();
+      for (std::size_t i = 0; i < 1000; ++i) {
+        REQUIRE(codes.as<std::uint8_t>()[i] == 0);
+        codes.as<std::uint8_t>()[i] = 0x38;  // 1 in E4M3
+      }
+      // A kernel of the other context reads what the host wrote, and the host what that wrote.
+      convert(ctx, {view_of(ctx, codes, DType::e4m3, {1000}), nullptr},
+              view_of(ctx, values, DType::f32, {1000}));
+      ctx.synchronize();
+      const std::vector<float> ones(1000, 1.0f);
+      CHECK(first_difference(std::vector<float>(values.as<float>(), values.as<float>() + 1000),
+                             ones) == "");
+      CHECK(first_difference(read_sync<float>(ctx, values.data(), 1000), ones) == "");
+    }
+    CHECK(host.memory_use().current == 0);
+    CHECK(missing(error_of([&] { Buffer(host, std::size_t{1} << 60); }), {"1152921504606846976"}) ==
+          "");
+    CHECK(host.memory_use().current == 0);
+  }
+}
+
+TEST_CASE("pinned memory for a device that does not exist is refused by number") {
+  const int beyond = cuda_device_count() + 90;
+  CHECK(missing(error_of([&] {
+                  pinned_host_allocator({DeviceType::cuda, beyond});
+                }),
+                {std::to_string(beyond)}) == "");
 }
 
 TEST_CASE("an empty tensor is a tensor") {

@@ -29,6 +29,10 @@ class Context {
   /// Throws if the library was built without CUDA or there is no such device.
   static Context cuda(int device, CUstream_st* stream, Allocator allocator = {});
 
+  /// The same device and stream with another allocator; the account of memory and the workspace
+  /// are its own.
+  Context with_allocator(const Allocator& allocator) const;
+
   Device device() const;
   CUstream_st* stream() const;
   MemoryUse memory_use() const;
@@ -76,6 +80,13 @@ class WorkspaceScope {
   Context ctx_;
   std::size_t start_;
 };
+
+/// Page-locked host memory for a Context of this device: kernels of every device and the host reach
+/// it at the same address, across the link; on a CPU ordinary memory. Its pages are the host's and
+/// are taken at once. Allocating takes about a millisecond and waits for the device, as does
+/// freeing: for set-up. Throws octet::Error without such a device, and, when memory is asked for
+/// and there is none, one that names the byte count.
+Allocator pinned_host_allocator(Device device);
 
 /// Number of CUDA devices this build can use: 0 without CUDA, without a driver or without a GPU.
 int cuda_device_count();
