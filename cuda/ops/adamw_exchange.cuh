@@ -203,7 +203,7 @@ __device__ void prefetch_vector(const WorkOf<X>& work, int i) {
   } else {
     prefetch(work.streams.gradient, i, size_of(R.gradient));
   }
-  Codes<R>::prefetch_states(work.streams, i);
+  if (!work.tensor.states_are_far) Codes<R>::prefetch_states(work.streams, i);
 }
 
 /// Stores packed codes of the weight in its copies.

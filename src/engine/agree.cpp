@@ -46,10 +46,11 @@ void list_configuration(std::ostream& out, const Plan& plan, const EngineConfig&
           : *config.windows           ? "true"
                                       : "false")
       << "\nclipping " << config.clipping << "\nmicro_batches " << config.micro_batches
-      << "\naccumulator " << name_of(config.accumulator.value_or(DType::f32)) << "\nranks " << ranks
-      << "\nseed " << config.adamw.seed << "\ndecoupled_weight_decay "
-      << config.adamw.decoupled_weight_decay << "\nmaximize " << config.adamw.maximize
-      << "\nstochastic_rounding " << config.adamw.stochastic_rounding << "\n";
+      << "\naccumulator " << name_of(config.accumulator.value_or(DType::f32)) << "\noffload_states "
+      << config.offload_states << "\nranks " << ranks << "\nseed " << config.adamw.seed
+      << "\ndecoupled_weight_decay " << config.adamw.decoupled_weight_decay << "\nmaximize "
+      << config.adamw.maximize << "\nstochastic_rounding " << config.adamw.stochastic_rounding
+      << "\n";
 }
 
 // Where one list is longer, the other has "no further parameter".

@@ -169,9 +169,17 @@ void Engine::Impl::allocate_optimizer() {
       list[i].contributions = std::move(contributions[i]);
     }
   }
+  const bool far = config.offload_states;
+  std::optional<Context> states;
+  if (far) states = ctx.with_allocator(pinned_host_allocator(ctx.device()));
   const std::size_t before = ctx.memory_use().current;
-  adamw = std::make_unique<AdamW>(ctx, config.adamw, std::move(list));
+  adamw = std::make_unique<AdamW>(ctx, config.adamw, std::move(list), states);
   std::size_t tables = ctx.memory_use().current - before;
+  const auto count_state = [&](const std::string& what, const Param& p, std::uint64_t predicted,
+                               std::size_t measured) {
+    plan.count(far ? what + " (host)" : what, p.managed, true, predicted, measured, far);
+    if (!far) tables -= measured;
+  };
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Param& p = params[i];
     const std::int64_t owned = sharded() ? p.owned() : p.spec.shape.numel();
@@ -179,16 +187,15 @@ void Engine::Impl::allocate_optimizer() {
     const StateFormats& f = p.formats.state;
     const AdamW::StateBytes bytes = adamw->state_bytes(static_cast<int>(i));
     const bool own_master = f.weight != WeightFormat::f32;
-    plan.count("master", p.managed, true, own_master ? state_bytes(f.master, owned) : 0,
-               bytes.master);
-    plan.count("m", p.managed, true, state_bytes(f.m, owned), bytes.m);
-    plan.count("v", p.managed, true, state_bytes(f.v, owned), bytes.v);
+    count_state("master", p, own_master ? state_bytes(f.master, owned) : 0, bytes.master);
+    count_state("m", p, state_bytes(f.m, owned), bytes.m);
+    count_state("v", p, state_bytes(f.v, owned), bytes.v);
     if (has_block_scales(f.weight)) {
       const std::uint64_t scales = weight_scale_bytes(f.weight, p.spec.shape);
       plan.count("weight scales", p.managed, true, scales,
                  p.weight_blocks != nullptr ? scales : bytes.weight_blocks);
     }
-    tables -= bytes.master + bytes.m + bytes.v + bytes.weight_blocks;
+    tables -= bytes.weight_blocks;
   }
   // Five scales per parameter are model state; the rest is what the kernels need to find it.
   const std::size_t own_scales =
@@ -389,6 +396,9 @@ void Engine::Impl::describe() {
     plan.weight_gather = "written by every rank's own update";
   }
   plan.optimizer = describe_optimizer();
+  if (config.offload_states) {
+    plan.optimizer += "; m, v and master in pinned host memory, read and written by the update";
+  }
   if (plan.level == Level::O2 && plan.sharding == Sharding::optimizer) {
     plan.notes.push_back("O2 with a sharded optimizer is what O3 presets");
   }

@@ -6,7 +6,7 @@
 namespace octet {
 
 void Plan::count(const std::string& what, bool fp8_managed, bool state, std::uint64_t predicted,
-                 std::uint64_t measured) {
+                 std::uint64_t measured, bool host) {
   for (MemoryRow& row : memory) {
     if (row.what == what && row.fp8_managed == fp8_managed) {
       row.predicted += predicted;
@@ -14,16 +14,28 @@ void Plan::count(const std::string& what, bool fp8_managed, bool state, std::uin
       return;
     }
   }
-  memory.push_back({what, fp8_managed, state, predicted, measured});
+  memory.push_back({what, fp8_managed, state, predicted, measured, host});
 }
 
-std::uint64_t Plan::state_bytes(bool fp8_managed_only, bool measured) const {
+namespace {
+
+std::uint64_t sum_of_states(const Plan& plan, bool host, bool fp8_managed_only, bool measured) {
   std::uint64_t bytes = 0;
-  for (const MemoryRow& row : memory) {
-    if (!row.state || (fp8_managed_only && !row.fp8_managed)) continue;
+  for (const MemoryRow& row : plan.memory) {
+    if (!row.state || row.host != host || (fp8_managed_only && !row.fp8_managed)) continue;
     bytes += measured ? row.measured : row.predicted;
   }
   return bytes;
+}
+
+}  // namespace
+
+std::uint64_t Plan::state_bytes(bool fp8_managed_only, bool measured) const {
+  return sum_of_states(*this, false, fp8_managed_only, measured);
+}
+
+std::uint64_t Plan::host_state_bytes(bool fp8_managed_only, bool measured) const {
+  return sum_of_states(*this, true, fp8_managed_only, measured);
 }
 
 std::string Plan::to_markdown() const {

@@ -168,9 +168,16 @@ void check_formats(const std::string& what, const StateFormats& f, const AdamwHy
           "beta2 or FP32 formats");
 }
 
-AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWParam> params)
-    : ctx_(ctx), config_(config), params_(std::move(params)) {
+AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWParam> params,
+             const std::optional<Context>& states)
+    : ctx_(ctx),
+      states_(states.value_or(ctx)),
+      states_are_far_(states.has_value()),
+      config_(config),
+      params_(std::move(params)) {
   check_adamw(config_);
+  require(states_.device() == ctx_.device(), "AdamW: the states are on ", states_.device(),
+          ", the optimizer on ", ctx_.device());
   std::vector<Shape> shapes;
   std::vector<Piece> owned;
   for (std::size_t i = 0; i < params_.size(); ++i) {
@@ -230,11 +237,11 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
 }
 
 std::size_t AdamW::grow(std::vector<State>& states, StateFormat format, std::int64_t count) {
-  const std::size_t before = ctx_.memory_use().current;
+  const std::size_t before = states_.memory_use().current;
   const auto blocks = static_cast<std::size_t>(block_count(format, count));
-  states.push_back({Buffer(ctx_, static_cast<std::size_t>(count) * size_of(format)),
-                    Buffer(ctx_, blocks * sizeof(float))});
-  return ctx_.memory_use().current - before;
+  states.push_back({Buffer(states_, static_cast<std::size_t>(count) * size_of(format)),
+                    Buffer(states_, blocks * sizeof(float))});
+  return states_.memory_use().current - before;
 }
 
 std::size_t AdamW::grow_weight_blocks(const AdamWParam& param) {
@@ -277,6 +284,7 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.master = own_master ? master_.back().codes.data() : param.weight.data;
   tensor.master_scale = scale(kMaster, i);
   tensor.master_is_shard = own_master;
+  tensor.states_are_far = states_are_far_;
   tensor.m = m_.back().codes.data();
   tensor.m_blocks = m_.back().blocks.as<float>();
   tensor.m_scale = scale(kM, i);
@@ -294,50 +302,6 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.group = group_index(config_.of(param.group));
   tensor.random_base = random_base;
   return tensor;
-}
-
-// The tables of contributions and copies, of all parameters one after the other.
-void AdamW::make_exchanges() {
-  const bool any = std::any_of(params_.begin(), params_.end(), [](const AdamWParam& p) {
-    return p.contributions.has_value() || !p.weight_copies.empty();
-  });
-  if (!any) return;
-  std::vector<RankGradient> gradients;
-  std::vector<WeightCopy> copies;
-  for (const AdamWParam& param : params_) {
-    if (param.contributions.has_value()) {
-      const std::vector<RankGradient>& ranks = param.contributions->ranks;
-      gradients.insert(gradients.end(), ranks.begin(), ranks.end());
-    }
-    copies.insert(copies.end(), param.weight_copies.begin(), param.weight_copies.end());
-  }
-  rank_gradients_ = upload_sync<RankGradient>(ctx_, gradients);
-  weight_copies_ = upload_sync<WeightCopy>(ctx_, copies);
-  const RankGradient* gradient = rank_gradients_.as<RankGradient>();
-  const WeightCopy* copy = weight_copies_.as<WeightCopy>();
-  const auto is_aligned = [](const void* data) {
-    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
-  };
-  for (const AdamWParam& param : params_) {
-    AdamwExchange x;
-    if (param.contributions.has_value()) {
-      const RankGradients& from = *param.contributions;
-      x.gradients = gradient;
-      x.scales = from.scales;
-      x.scale_stride = from.scale_stride;
-      x.ranks = static_cast<std::int32_t>(from.ranks.size());
-      x.dtype = from.dtype;
-      for (const RankGradient& g : from.ranks) x.is_aligned = x.is_aligned && is_aligned(g.data);
-      gradient += x.ranks;
-    }
-    x.copies = copy;
-    x.copy_count = static_cast<std::int32_t>(param.weight_copies.size());
-    for (const WeightCopy& c : param.weight_copies)
-      x.is_aligned = x.is_aligned && is_aligned(c.data);
-    copy += x.copy_count;
-    exchanges_host_.push_back(x);
-  }
-  exchanges_ = upload_sync<AdamwExchange>(ctx_, exchanges_host_);
 }
 
 void AdamW::initialise(int i, const TensorView& values) {

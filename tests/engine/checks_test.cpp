@@ -428,6 +428,9 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
        [](const Context&, EngineConfig& config, Keep&, Specs&) {
          config.accumulator = DType::bf16;
        }},
+      {"place of the states",
+       {"offload_states 0;", "offload_states 1"},
+       [](const Context&, EngineConfig& config, Keep&, Specs&) { config.offload_states = true; }},
       {"one format",
        {"format of v f16;", "format of v f32"},
        [](const Context&, EngineConfig& config, Keep&, Specs&) {

@@ -50,6 +50,12 @@ struct EngineConfig {
   /// one of 256 alike no longer moves the sum), or the gradient's own format, which takes no
   /// memory. In e4m3 every sum is cast anew. A gradient in f32 is summed where it is.
   std::optional<DType> accumulator = {};
+  /// m, v and the master, with the scales of their blocks, live in pinned host memory, which the
+  /// update reads and writes across the link in its one pass: the device holds weights and
+  /// gradients only, and a step takes as long as the link takes. Same bits. The memory is the
+  /// library's (pinned_host_allocator()), not that of the context's allocator. The master of an f32
+  /// weight is the weight and stays.
+  bool offload_states = false;
 };
 
 struct ParamSpec {

@@ -10,6 +10,8 @@
 namespace octet {
 
 /// Bytes of one kind of memory of this rank: what the plan says and what the allocator gave out.
+/// With EngineConfig::offload_states "master (host)", "m (host)" and "v (host)" stand for the
+/// three.
 struct MemoryRow {
   /// "weight", "gradient", "master", "m", "v", "scales", where the format has them "transposed
   /// weight" and "weight scales" (of blocks); "reduced gradient shard", "gradient accumulator",
@@ -19,6 +21,7 @@ struct MemoryRow {
   bool state = true;  ///< part of the model state (communication memory is not)
   std::uint64_t predicted = 0;
   std::uint64_t measured = 0;
+  bool host = false;  ///< not in the device's memory
 };
 
 /// What really runs, format by format, path by path, with the reason.
@@ -44,9 +47,12 @@ struct Plan {
 
   /// Adds bytes to the row of this kind, made when it is new.
   void count(const std::string& what, bool fp8_managed, bool state, std::uint64_t predicted,
-             std::uint64_t measured);
-  /// Sums over the rows that are model state, of FP8-managed parameters only or of all.
+             std::uint64_t measured, bool host = false);
+  /// Sums over the rows that are model state in the device's memory, of FP8-managed parameters only
+  /// or of all.
   std::uint64_t state_bytes(bool fp8_managed_only, bool measured) const;
+  /// The same in host memory.
+  std::uint64_t host_state_bytes(bool fp8_managed_only, bool measured) const;
   /// The whole plan as Markdown.
   std::string to_markdown() const;
 };

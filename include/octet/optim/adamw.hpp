@@ -75,7 +75,7 @@ struct AdamWStep {
   bool from_contributions = false;
 };
 
-/// A state of one parameter (this rank's shard), in device memory.
+/// A state of one parameter (this rank's shard), in memory that the device reaches.
 struct StateView {
   StateFormat format = StateFormat::f32;
   std::int64_t count = 0;
@@ -101,7 +101,11 @@ class AdamW {
   /// Throws octet::Error naming the parameter and the field for formats that do not exist, views
   /// that do not fit or are on another device, hyper-parameters that check_adamw or check_hyper
   /// refuse, and beta1^2 >= beta2 with quantised states.
-  AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWParam> params);
+  /// m, v, the master and their block scales are allocated from `states`, a second context of the
+  /// same device, where it is given: with pinned_host_allocator() they lie in host memory, which
+  /// the update's one pass reads and writes where it is, both directions of the link at once.
+  AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWParam> params,
+        const std::optional<Context>& states = {});
 
   /// Sets master and compute weight of parameter i from `values` (f32, bf16 or f16, whole, on the
   /// context's device; may be the weight itself only for f32). m, v start at zero.
@@ -186,6 +190,8 @@ class AdamW {
   AdamwArgs args(const AdamWStep& step) const;
 
   Context ctx_;
+  Context states_;  ///< that m, v and master come from
+  bool states_are_far_;
   AdamWConfig config_;
   std::vector<AdamWParam> params_;
   std::vector<AdamwHyper> groups_host_;
