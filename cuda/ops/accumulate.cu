@@ -52,6 +52,8 @@ __global__ void __launch_bounds__(kThreads) accumulate_kernel(Addends a) {
   });
 }
 
+__global__ void begin_amax_kernel(TensorScale* scale) { scale->amax = kept_amax(scale->amax); }
+
 /// The amax of the sums, beside the scale that the stored ones still have.
 template <class In>
 __global__ void __launch_bounds__(kThreads) accumulated_amax_kernel(Addends a) {
@@ -90,7 +92,7 @@ __global__ void rescale_kernel(TensorScale* scale, std::uint32_t* nonfinite) {
 template <class In>
 void launch_e4m3(const Context& ctx, const Addends& a, std::uint32_t* nonfinite) {
   const unsigned blocks = blocks_for(a.count);
-  OCTET_CUDA_CHECK(cudaMemsetAsync(amax_word(a.scale), 0, sizeof(std::uint32_t), ctx.stream()));
+  begin_amax_kernel<<<1, 1, 0, ctx.stream()>>>(a.scale);
   accumulated_amax_kernel<In><<<blocks, kThreads, 0, ctx.stream()>>>(a);
   accumulate_e4m3_kernel<In><<<blocks, kThreads, 0, ctx.stream()>>>(a);
   rescale_kernel<<<1, 1, 0, ctx.stream()>>>(a.scale, nonfinite);

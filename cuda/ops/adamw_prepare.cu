@@ -221,6 +221,10 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
       begin(t);
     }
     if (!skip) store_scales(p.tensor, next);
+    if (skip && args.nonfinite_counts != nullptr &&
+        has_nonfinite_gradient(p.old.gradient, p.tensor.gradient_dtype)) {
+      ++args.nonfinite_counts[t];
+    }
     end_gradient(p.tensor);
   }
   if (blockIdx.x == 0 && threadIdx.x == kTensorThreads) {

@@ -214,6 +214,17 @@ std::uint32_t* Engine::nonfinite_flag() const {
   return impl_->nonfinite();
 }
 
+std::vector<NonfiniteGradient> Engine::nonfinite_gradients_sync() const {
+  const Impl& e = *impl_;
+  e.require_frozen("nonfinite_gradients_sync");
+  const auto counts = read_sync<std::int64_t>(e.ctx, e.adamw->nonfinite_counts(), e.params.size());
+  std::vector<NonfiniteGradient> list;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] > 0) list.push_back({e.params[i].spec.name, counts[i]});
+  }
+  return list;
+}
+
 const AdamW& Engine::optimizer() const {
   impl_->require_frozen("optimizer");
   return *impl_->adamw;

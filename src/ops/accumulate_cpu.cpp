@@ -23,7 +23,7 @@ void add_e4m3(const AccumulateArgs& args) {
   auto* sum = args.sum.data.as<std::uint8_t>();
   const std::int64_t count = args.in.numel();
   const float scale_inv = args.sum.scale->scale_inv;
-  std::uint32_t largest = 0;
+  std::uint32_t largest = magnitude_bits(kept_amax(args.sum.scale->amax));
 #pragma omp parallel for reduction(max : largest) if (count > 65536)
   for (std::int64_t i = 0; i < count; ++i) {
     const std::uint32_t bits =

@@ -259,6 +259,10 @@ void adamw_prepare(const Context&, const AdamwArgs& args) {
       store_scales(tensor, begin_tensor(s, args.group_scalars[tensor.group], tensor.formats,
                                         old_scales_of(tensor), bounds_at(t), args.steps[t]));
     }
+    if (skip && args.nonfinite_counts != nullptr &&
+        has_nonfinite_gradient(*tensor.gradient_scale, tensor.gradient_dtype)) {
+      ++args.nonfinite_counts[t];
+    }
     end_gradient(tensor);
   }
 }

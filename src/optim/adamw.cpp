@@ -221,6 +221,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
   steps_ = Buffer(ctx_, count * sizeof(AdamwTensorStep));
   scratch_ = upload_sync<AdamwScratch>(ctx_, std::vector<AdamwScratch>(1));
   scalars_ = upload_sync<AdamwScalars>(ctx_, std::vector<AdamwScalars>(1));
+  nonfinite_counts_ = upload_sync<std::int64_t>(ctx_, std::vector<std::int64_t>(count));
   sums_ = Buffer(ctx_, static_cast<std::size_t>(total_segments_) * sizeof(float));
   zero_bytes(ctx_, sums_.data(), sums_.bytes());
   std::uint64_t random_base = 0;
@@ -336,6 +337,7 @@ AdamwArgs AdamW::args(const AdamWStep& step) const {
   args.segment_sums = sums_.as<const float>();
   args.total_segments = total_segments_;
   args.nonfinite = step.nonfinite;
+  args.nonfinite_counts = nonfinite_counts_.as<std::int64_t>();
   return args;
 }
 

@@ -90,6 +90,12 @@ struct StepResult {
   DeviceValue<std::int64_t> skipped;  ///< steps skipped so far because of non-finite values
 };
 
+/// A parameter whose gradient made steps be skipped.
+struct NonfiniteGradient {
+  std::string name;
+  std::int64_t steps = 0;  ///< so far
+};
+
 /// The trainer's side of the library: parameters are handed over once, gradients every step.
 /// add(), freeze() are set-up; the weights, add_gradient() and step() are the hot path: no
 /// allocation, no synchronisation, no host read of a device value.
@@ -155,6 +161,12 @@ class Engine {
   const Plan& plan() const;
   /// Device word that a trainer's own kernels (and Linear) set to 1 to have the step skipped.
   std::uint32_t* nonfinite_flag() const;
+  /// The parameters whose reduced gradient was not finite in steps that were skipped, in the order
+  /// of registration, with the number of those steps; the same on every rank, whichever rank's
+  /// gradient it was. Steps that were skipped for another reason (nonfinite_flag(), a norm that
+  /// overflows, the learning rate) name nobody. Waits for the stream: for reports, when `skipped`
+  /// has grown.
+  std::vector<NonfiniteGradient> nonfinite_gradients_sync() const;
   /// The optimizer, for reading states.
   const AdamW& optimizer() const;
 

@@ -22,8 +22,8 @@ struct AccumulateArgs {
 /// gradients of micro-batches.
 /// An e4m3 sum is cast with current scaling, as quantize() does it: amax, and with it the scale,
 /// are those of the new FP32 sums, not of what is stored of them. A sum that is not finite keeps
-/// the scale and raises the flag.
-/// On CUDA one pass, and for e4m3 two and a small kernel after them.
+/// the scale and raises the flag; an amax that was not finite before stays.
+/// On CUDA one pass, and for e4m3 two with small kernels around them.
 ///
 /// Stream-ordered, no synchronisation. Deterministic, equal bits on CPU and CUDA.
 ///

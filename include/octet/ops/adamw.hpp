@@ -209,6 +209,9 @@ struct AdamwArgs {
   std::int64_t total_segments = 0;
   /// Device word: not 0 means that a gradient is not finite and the step is skipped. Set back to 0.
   std::uint32_t* nonfinite = nullptr;
+  /// [tensor_count], device memory; may be null. adamw_prepare adds 1 for every tensor whose
+  /// gradient's amax is not finite in a step that it skips.
+  std::int64_t* nonfinite_counts = nullptr;
 };
 
 /// One read of the gradients. Sums of squares of the decoded values, segment by segment, into
@@ -224,10 +227,10 @@ void adamw_measure(const Context& ctx, const AdamwArgs& args, float* sums);
 /// decision to skip, step count, bias corrections, the new scales from the bounds of numerics
 /// section 3. How to decode the old state is taken over into `steps`, the new scales stand in the
 /// tensors' scales, their amax is set to 0. A skipped step changes no state, weight, scale or step
-/// count, only `skipped` and the scalars that say why. Either way `nonfinite` and the amax of
-/// gradients with measure_amax are set to 0 for the next step.
-/// Stream-ordered, one launch (on CUDA a cooperative one of at most 64 blocks). Deterministic;
-/// equal bits on CPU and CUDA.
+/// count, only `skipped`, `nonfinite_counts` and the scalars that say why. Either way `nonfinite`
+/// and the amax of gradients with measure_amax are set to 0 for the next step. Stream-ordered, one
+/// launch (on CUDA a cooperative one of at most 64 blocks). Deterministic; equal bits on CPU and
+/// CUDA.
 void adamw_prepare(const Context& ctx, const AdamwArgs& args);
 
 /// Second half: the update of numerics section 3 over all segments in one pass; writes m, v,

@@ -130,6 +130,9 @@ class AdamW {
 
   /// Step count, norm, clip factor and decision as of the last step, in device memory.
   const AdamwScalars* scalars() const { return scalars_.as<AdamwScalars>(); }
+  /// [parameters], device memory: in how many skipped steps the gradient of each was not finite. Of
+  /// a sharded optimizer the same on every rank, because the ranks share the gradients' amax.
+  const std::int64_t* nonfinite_counts() const { return nonfinite_counts_.as<std::int64_t>(); }
   /// Scalars of the group of parameter i, in device memory, as of the last step.
   const AdamwGroupScalars* group_scalars(int i) const;
   /// Why on CUDA the update of parameter i takes the general code; empty where it does not. See
@@ -166,7 +169,7 @@ class AdamW {
     return tensors_.bytes() + segment_table_.bytes() + scalars_.bytes() + steps_.bytes() +
            scratch_.bytes() + groups_.bytes() + group_scalars_.bytes() + sums_.bytes() +
            gradient_scales_.bytes() + exchanges_.bytes() + rank_gradients_.bytes() +
-           weight_copies_.bytes();
+           weight_copies_.bytes() + nonfinite_counts_.bytes();
   }
 
   /// States of parameter i (this rank's shard). The master of an f32 weight is the whole weight.
@@ -209,7 +212,7 @@ class AdamW {
       sums_;
   Buffer gradient_scales_;                     ///< of gradients that came without one
   std::vector<AdamwExchange> exchanges_host_;  ///< empty where no parameter has one
-  Buffer exchanges_, rank_gradients_, weight_copies_;
+  Buffer exchanges_, rank_gradients_, weight_copies_, nonfinite_counts_;
 };
 
 }  // namespace octet

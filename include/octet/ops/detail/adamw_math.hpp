@@ -215,6 +215,12 @@ OCTET_HD inline void store_scales(const AdamwTensor& tensor, const AdamwNewScale
   *tensor.v_scale = next.v;
 }
 
+/// Whether the gradient of a tensor, as it is stored, is not finite: in a skipped step it is
+/// counted under the tensor's name.
+OCTET_HD inline bool has_nonfinite_gradient(const TensorScale& gradient, DType dtype) {
+  return !is_finite_bits(magnitude_bits(stored_amax(gradient, dtype)));
+}
+
 /// Gets a measured amax ready for the next gradient.
 OCTET_HD inline void end_gradient(const AdamwTensor& tensor) {
   if (tensor.measure_amax) tensor.gradient_scale->amax = 0.0f;
