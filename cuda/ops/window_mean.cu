@@ -71,7 +71,7 @@ struct PackReducer {
     if (run.piece.out != nullptr) {
 #pragma unroll
       for (int k = 0; k < Mean::kOutPacks; ++k) {
-        reinterpret_cast<uint4*>(run.piece.out)[i * Mean::kOutPacks + k] = packs[k];
+        static_cast<uint4*>(run.piece.out)[i * Mean::kOutPacks + k] = packs[k];
       }
     } else {
 #pragma unroll
@@ -145,7 +145,7 @@ __device__ void reduce_elements(const WindowMeanArgs& args, const WindowPiece& p
     const auto code = mean_code<Out::kDType>(mean_of(sum, ranks), scales.mean_scale);
     using Storage = typename Out::Storage;
     if (piece.out != nullptr) {
-      reinterpret_cast<Storage*>(piece.out)[i] = code;
+      static_cast<Storage*>(piece.out)[i] = code;
       continue;
     }
     for (int r = 0; r < ranks; ++r) {

@@ -134,6 +134,10 @@ const char* name_of(MeanReducer::Path path) {
                                                : "contributions";
 }
 
+bool is_in_place(const ReduceTensor& tensor) {
+  return !tensor.shard.empty() && tensor.shard.data == tensor.gradient.data;
+}
+
 // What belongs to `shard` depends on the path.
 void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path path,
                   const std::vector<Piece>& own, Device device) {
@@ -147,10 +151,22 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
                                                   : "contributions makes no mean");
       continue;
     }
+    const DType dtype = tensors[i].gradient.dtype;
+    require(shard.dtype == DType::f32 || shard.dtype == dtype, "MeanReducer: the shard of tensor ",
+            i, " is ", name_of(shard.dtype), "; it must be f32 or, as the gradient, ",
+            name_of(dtype));
+    require(shard.dtype == tensors[0].shard.dtype, "MeanReducer: the shard of tensor ", i, " is ",
+            name_of(shard.dtype), " but that of tensor 0 is ", name_of(tensors[0].shard.dtype),
+            "; all shards of a reducer have the same dtype");
     if (shard.empty() && owned[i] == 0) continue;
     check_tensor("MeanReducer (shard)", i, shard, device);
-    require(shard.dtype == DType::f32, "MeanReducer: the shard of tensor ", i, " is ",
-            name_of(shard.dtype), "; it must be f32");
+    if (is_in_place(tensors[i])) {
+      require(shard.dtype == dtype && shard.numel() == tensors[i].gradient.numel(),
+              "MeanReducer: the shard of tensor ", i, " is ", name_of(shard.dtype), " ",
+              shard.shape, " where the gradient is; then it must be that, ", name_of(dtype), " ",
+              tensors[i].gradient.shape);
+      continue;
+    }
     require(shard.numel() == owned[i], "MeanReducer: the shard of tensor ", i, " has ",
             shard.numel(), " elements but this rank owns ", owned[i]);
   }
@@ -201,7 +217,9 @@ MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<Reduce
   args_.ranks = comm.size();
   args_.rank = comm.rank();
   args_.dtype = tensors[0].gradient.dtype;
-  args_.out_dtype = path == Path::two_shot ? args_.dtype : DType::f32;
+  args_.out_dtype = path == Path::two_shot  ? args_.dtype
+                    : path == Path::sharded ? tensors[0].shard.dtype
+                                            : DType::f32;
   args_.tensor_count = static_cast<std::int64_t>(tensors.size());
   // All ranks' scales, then, for two_shot on one rank, those of the means, which it does not adopt.
   const bool keeps_scales = comm.size() == 1 && path == Path::two_shot;
@@ -251,7 +269,9 @@ void MeanReducer::plan_window(const std::vector<ReduceTensor>& tensors, const Ow
     entry.count = piece.count;
     entry.offset = window_->offset_of(address_of(tensor.gradient, piece.begin));
     entry.begin = packs;
-    if (path_ == Path::sharded) entry.out = static_cast<float*>(address_of(tensor.shard, at));
+    if (path_ == Path::sharded) {
+      entry.out = address_of(tensor.shard, is_in_place(tensor) ? piece.begin : at);
+    }
     at += piece.count;
     packs += packs_of(piece, args_.dtype);
     pieces.push_back(entry);
@@ -312,8 +332,9 @@ void MeanReducer::plan_pieces(const std::vector<ReduceTensor>& tensors,
     entry.count = piece.count;
     entry.own = address_of(tensor.gradient, piece.begin);
     entry.staged = staged_[t] + local[t] * static_cast<std::int64_t>(size_of(args_.dtype));
-    entry.out = path_ == Path::sharded ? address_of(tensor.shard, local[t])
-                                       : address_of(tensor.gradient, piece.begin);
+    entry.out = path_ == Path::sharded && !is_in_place(tensor)
+                    ? address_of(tensor.shard, local[t])
+                    : address_of(tensor.gradient, piece.begin);
     local[t] += piece.count;
     pieces.push_back(entry);
   }

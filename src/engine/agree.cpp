@@ -38,10 +38,10 @@ void list_configuration(std::ostream& out, const Plan& plan, const EngineConfig&
   const StateFormats& f = plan.formats.state;
   out << "level " << name_of(plan.level) << "\nsharding " << name_of(plan.sharding)
       << "\nweight format " << name_of(f.weight) << "\ngradient format "
-      << name_of(plan.formats.gradient) << "\nmaster format " << name_of(f.master)
-      << "\nformat of m " << name_of(f.m) << "\nformat of v " << name_of(f.v)
-      << "\nbucket_elements " << config.bucket_elements << "\nschedule " << name_of(schedule)
-      << "\nwindows "
+      << name_of(plan.formats.gradient) << "\nreduced_gradient " << name_of(plan.reduced_gradient)
+      << "\nmaster format " << name_of(f.master) << "\nformat of m " << name_of(f.m)
+      << "\nformat of v " << name_of(f.v) << "\nbucket_elements " << config.bucket_elements
+      << "\nschedule " << name_of(schedule) << "\nwindows "
       << (!config.windows.has_value() ? "by default"
           : *config.windows           ? "true"
                                       : "false")

@@ -41,6 +41,9 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
           "; fused needs sharding = optimizer over more than one rank");
   check_gradient_format("Engine: formats", impl_->plan.formats.gradient);
   impl_->check_accumulator();
+  impl_->plan.reduced_gradient = config.reduced_gradient.value_or(
+      impl_->plan.sharding == Sharding::none ? impl_->plan.formats.gradient : DType::f32);
+  impl_->check_reduced_gradient();
   const StateFormats& formats = impl_->plan.formats.state;
   check_formats("Engine: formats", formats, config.adamw.of());
   require(formats.weight != WeightFormat::none,

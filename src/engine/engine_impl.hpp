@@ -28,7 +28,7 @@ struct Engine::Impl {
     Tensor gradient;           ///< this rank's, whole, before and (two_shot) after the reduction
     Tensor accumulator;        ///< of micro-batches, where they are not summed in `gradient`
     float* weight_blocks = nullptr;  ///< in a window: the scales of the weight's tiles
-    Tensor shard;  ///< sharded, where it is kept: the FP32 mean of the owned pieces
+    Tensor shard;  ///< sharded, where it is kept apart: the mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
     int gradients = 0;          ///< handed over since the last step
@@ -70,6 +70,7 @@ struct Engine::Impl {
   std::string describe_optimizer() const;
   std::string describe_schedule() const;
   std::string describe_reduction() const;
+  std::string describe_means() const;
 
   /// Memory of the window, which make_window() has counted; aligned for vectors.
   void* take_from_window(std::size_t bytes);
@@ -81,6 +82,15 @@ struct Engine::Impl {
   /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
   bool fused() const { return sharded() && schedule() == Schedule::fused; }
   bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }
+  /// What the optimizer reads of gradients that are stored so.
+  DType reduced(DType gradient) const {
+    return gradient == DType::f32 ? gradient : plan.reduced_gradient;
+  }
+  /// Whether this rank's gradient takes the mean of the owned pieces in. Nobody else reads these.
+  bool reduces_in_place(const Param& p) const {
+    return keeps_shards() && reduced(p.formats.gradient) == p.formats.gradient;
+  }
+  void check_reduced_gradient() const;
   Param& param(ParamId id, const char* call);
   const Param& param(ParamId id, const char* call) const;
   const Param& frozen_param(ParamId id, const char* call) const;

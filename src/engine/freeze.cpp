@@ -108,11 +108,10 @@ void Engine::Impl::allocate_accumulators() {
 
 void Engine::Impl::allocate_reducer() {
   for (Param& p : params) {
-    if (!keeps_shards()) break;
+    if (!keeps_shards() || reduces_in_place(p)) continue;
     const std::size_t before = ctx.memory_use().current;
-    p.shard = Tensor(ctx, DType::f32, Shape{p.owned()});
-    plan.count("reduced gradient shard", p.managed, false,
-               static_cast<std::uint64_t>(p.owned()) * sizeof(float),
+    p.shard = Tensor(ctx, reduced(p.formats.gradient), Shape{p.owned()});
+    plan.count("reduced gradient shard", p.managed, false, p.shard.view().bytes(),
                ctx.memory_use().current - before);
   }
   std::vector<GradientBucket> list;
@@ -123,7 +122,8 @@ void Engine::Impl::allocate_reducer() {
     for (int i : bucket.params) {
       const Param& p = params[static_cast<std::size_t>(i)];
       slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(b.tensors.size());
-      b.tensors.push_back({p.gradient.view(), p.shard.view()});
+      b.tensors.push_back(
+          {p.gradient.view(), reduces_in_place(p) ? p.gradient.view() : p.shard.view()});
     }
     b.owners = bucket.owners;
     for (std::vector<Piece>& pieces : b.owners) {
@@ -155,8 +155,8 @@ void Engine::Impl::allocate_optimizer() {
     a.weight_transposed = p.weight_transposed.view();
     a.group = p.spec.group;
     if (sharded()) {
-      a.gradient = p.shard.view();
-      a.gradient_is_shard = true;
+      a.gradient_is_shard = !reduces_in_place(p);
+      if (a.gradient_is_shard) a.gradient = p.shard.view();
       a.pieces = p.pieces;
       a.weight_blocks = p.weight_blocks;
       a.weight_copies = weight_copies(p);
@@ -319,7 +319,7 @@ std::string Engine::Impl::describe_schedule() const {
   if (comm.size() == 1) return "one rank: nothing to overlap";
   if (fused()) {
     return std::string("fused: after backward, summed inside AdamW's pass; ") +
-           (config.clipping ? "steps that clip fill the FP32 shard buffer first (clipping is true)"
+           (config.clipping ? "steps that clip make FP32 means in memory first (clipping is true)"
                             : "no FP32 shard buffer (clipping is false)");
   }
   if (schedule() == Schedule::overlap) {
@@ -333,6 +333,14 @@ std::string Engine::Impl::describe_schedule() const {
              : "after backward, one stream, because the communicator shares the engine's stream";
 }
 
+std::string Engine::Impl::describe_means() const {
+  const DType gradient = plan.formats.gradient, dtype = reduced(gradient);
+  if (dtype != gradient) return "FP32 means straight into the owner's AdamW";
+  return std::string(name_of(dtype)) + " means, " +
+         (dtype == DType::f32 ? "" : "rounded once with a common scale, ") +
+         "where the owner's gradient was";
+}
+
 std::string Engine::Impl::describe_reduction() const {
   if (comm.size() == 1) return "none (one rank)";
   const std::string by = window != nullptr ? "one kernel over memory windows" : "send/receive";
@@ -340,7 +348,7 @@ std::string Engine::Impl::describe_reduction() const {
   const std::string sums =
       window != nullptr ? "read from the ranks' memory and summed" : "send/receive, summed";
   if (!keeps_shards()) return "contributions (" + sums + " by the owner's AdamW)";
-  if (!fused()) return "sharded (" + by + ", FP32 means straight into the owner's AdamW)";
+  if (!fused()) return "sharded (" + by + ", " + describe_means() + ")";
   return "sharded (" + sums + " by the owner's AdamW, or " + by +
          " for the FP32 means where a step clips)";
 }

@@ -86,6 +86,19 @@ DType Engine::Impl::accumulator_of(DType gradient) const {
   return gradient == DType::f32 ? gradient : config.accumulator.value_or(DType::f32);
 }
 
+void Engine::Impl::check_reduced_gradient() const {
+  const DType dtype = plan.reduced_gradient, gradient = plan.formats.gradient;
+  require(dtype == DType::f32 || dtype == gradient, "Engine: reduced_gradient is ", name_of(dtype),
+          " and formats.gradient is ", name_of(gradient), "; with that it may be ",
+          gradient == DType::f32 ? "f32" : "f32 or " + std::string(name_of(gradient)));
+  require(plan.sharding != Sharding::none || dtype == gradient,
+          "Engine: reduced_gradient is f32 and sharding is none, where every rank gets the means "
+          "as they travel; with that it must be formats.gradient, ",
+          name_of(gradient));
+  require(!fused() || dtype == DType::f32, "Engine: reduced_gradient is ", name_of(dtype),
+          " and schedule is fused, whose means stay in registers; with that it must be f32");
+}
+
 void Engine::Impl::check_accumulator() const {
   if (!config.accumulator.has_value()) return;
   const DType dtype = *config.accumulator, gradient = plan.formats.gradient;

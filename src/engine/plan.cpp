@@ -48,6 +48,7 @@ std::string Plan::to_markdown() const {
       << "| FP8-managed formats | weight " << name_of(formats.state.weight) << ", gradient "
       << name_of(formats.gradient) << ", master " << name_of(formats.state.master) << ", m "
       << name_of(formats.state.m) << ", v " << name_of(formats.state.v) << " |\n"
+      << "| reduced gradient | " << name_of(reduced_gradient) << " |\n"
       << "| other formats | f32 throughout |\n"
       << "| reduction | " << reduction << ", " << buckets << " buckets |\n"
       << "| schedule | " << schedule << " |\n"

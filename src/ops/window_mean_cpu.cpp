@@ -66,7 +66,7 @@ void reduce_piece(const WindowMeanArgs& args, const WindowPiece& piece) {
     const auto code = mean_code<Out::kDType>(mean_of(sum, peers.ranks), scale);
     using Storage = typename Out::Storage;
     if (piece.out != nullptr) {
-      reinterpret_cast<Storage*>(piece.out)[i] = code;
+      static_cast<Storage*>(piece.out)[i] = code;
       continue;
     }
     for (int r = 0; r < peers.ranks; ++r) {

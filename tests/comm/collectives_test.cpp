@@ -52,6 +52,27 @@ TEST_CASE("means are exact to the bit on every path, for every dtype, world size
   }
 }
 
+TEST_CASE("a sharded mean is rounded as two_shot rounds it, apart or where the gradient was") {
+  for (DeviceType device : rank_devices()) {
+    for (DType dtype : kDTypes) {
+      for (int n : {1, 2, 3, 8}) {
+        MeanCase bucket = random_case(dtype, n, kOddSizes);
+        for (const Owners& owners : cuts_of(bucket)) {
+          bucket.owners = owners;
+          for (Shard shard : {Shard::rounded, Shard::in_place}) {
+            bucket.shard = shard;
+            const auto results = reduce(bucket, Path::sharded, device, 2);
+            for (int r = 0; r < n; ++r) {
+              CAPTURE(octet::name_of(dtype), n, shard == Shard::in_place, r);
+              CHECK(wrong_in(bucket, Path::sharded, r, results[at(r)]) == "");
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("one rank: sharded decodes, two_shot only replaces amax") {
   for (DeviceType device : rank_devices()) {
     for (DType dtype : kDTypes) {
@@ -351,7 +372,8 @@ TEST_CASE("owners that do not cover every element once are refused by name") {
 TEST_CASE("tensors that do not fit are refused by name") {
   const Context ctx = Context::cpu();
   const auto comm = make_single(ctx);
-  const Tensor fp8(ctx, DType::e4m3, {10}), bf16(ctx, DType::bf16, {10});
+  const Tensor fp8(ctx, DType::e4m3, {10}), fp8b(ctx, DType::e4m3, {10}),
+      bf16(ctx, DType::bf16, {10});
   const Tensor f16(ctx, DType::f16, {10}), f32(ctx, DType::f32, {10}),
       short32(ctx, DType::f32, {9});
   TensorScale scales[2];
@@ -365,7 +387,12 @@ TEST_CASE("tensors that do not fit are refused by name") {
   CHECK(missing(refusal(Path::two_shot, {{f16, {}}}, one), {"f16", "e4m3, bf16, f32"}) == "");
   CHECK(missing(refusal(Path::two_shot, {{fp8, {}}, {bf16, {}}}, two), {"bf16", "e4m3"}) == "");
   CHECK(missing(refusal(Path::two_shot, {{fp8, f32}}, one), {"two_shot", "shard"}) == "");
-  CHECK(missing(refusal(Path::sharded, {{fp8, bf16}}, one), {"bf16", "f32"}) == "");
+  CHECK(refusal(Path::sharded, {{fp8, fp8}}, one) == "no error");
+  CHECK(missing(refusal(Path::sharded, {{fp8, bf16}}, one), {"bf16", "f32", "e4m3"}) == "");
+  const TensorView start{fp8.view().data, DType::e4m3, {5}, ctx.device()};
+  CHECK(missing(refusal(Path::sharded, {{fp8, start}}, one), {"[5]", "[10]"}) == "");
+  CHECK(missing(refusal(Path::sharded, {{fp8, f32}, {fp8b, fp8b}}, two),
+                {"tensor 1", "e4m3", "f32"}) == "");
   CHECK(missing(refusal(Path::sharded, {{fp8, short32}}, one), {"9", "10"}) == "");
   CHECK(missing(refusal(Path::sharded, {{fp8, {}}}, one), {"shard"}) == "");
   CHECK(missing(error_of([&] {

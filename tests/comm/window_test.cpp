@@ -35,15 +35,21 @@ std::vector<MeanResult> reduce(const MeanCase& bucket, Path path, DeviceType dev
   return results;
 }
 
-void check_case(const MeanCase& bucket, DeviceType device, std::size_t shift = 0, int runs = 1) {
-  for (Path path : kPaths) {
-    const auto results = reduce(bucket, path, device, shift, runs);
-    for (int r = 0; r < bucket.ranks(); ++r) {
-      CAPTURE(octet::name_of(bucket.dtype), bucket.ranks(), name_of(path), r, shift,
-              name_of(device));
-      CHECK(wrong_in(bucket, path, r, results[at(r)]) == "");
-      CHECK(results[at(r)].wire.payload == at(runs) * results[at(r)].planned);
-    }
+void check_path(const MeanCase& bucket, Path path, DeviceType device, std::size_t shift, int runs) {
+  const auto results = reduce(bucket, path, device, shift, runs);
+  for (int r = 0; r < bucket.ranks(); ++r) {
+    CAPTURE(octet::name_of(bucket.dtype), bucket.ranks(), name_of(path),
+            static_cast<int>(bucket.shard), r, shift, name_of(device));
+    CHECK(wrong_in(bucket, path, r, results[at(r)]) == "");
+    CHECK(results[at(r)].wire.payload == at(runs) * results[at(r)].planned);
+  }
+}
+
+void check_case(MeanCase bucket, DeviceType device, std::size_t shift = 0, int runs = 1) {
+  check_path(bucket, Path::two_shot, device, shift, runs);
+  for (Shard shard : kShards) {
+    bucket.shard = shard;
+    check_path(bucket, Path::sharded, device, shift, runs);
   }
 }
 

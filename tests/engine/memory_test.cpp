@@ -285,13 +285,15 @@ TEST_CASE("a gather of tiles sends their scales too, and the plan counts them") 
 TEST_CASE("O3 holds 2 + 5/N bytes on average and no rank more than one panel per bucket above") {
   for (int ranks : {2, 3, 4}) {
     for (std::int64_t bucket : {std::int64_t{1}, std::int64_t{32} << 20}) {
-      const auto results = measure({.level = Level::O3, .bucket_elements = bucket}, ranks);
+      const auto results = measure(
+          {.level = Level::O3, .reduced_gradient = DType::e4m3, .bucket_elements = bucket}, ranks);
       const double share = 2 + 5.0 / ranks;
       double mean = 0;
       std::int64_t owned = 0;
       for (const RankMemory& rank : results) {
         mean += per_parameter(rank.plan) / ranks;
         owned += rank.plan.owned_fp8_parameters;
+        CHECK(row(rank.plan, "reduced gradient shard", true) == 0);
         const double spare = 5 * kLargestPanel * rank.plan.buckets / kManaged;
         CHECK(per_parameter(rank.plan) <= share + spare + 0.01);
       }

@@ -14,9 +14,14 @@
 
 namespace octet::test {
 
+/// What a sharded reduction leaves where.
+enum class Shard { wide, rounded, in_place };
+inline constexpr Shard kShards[] = {Shard::wide, Shard::rounded, Shard::in_place};
+
 /// One bucket: gradients[rank][tensor], all of one dtype, and who owns what.
 struct MeanCase {
   DType dtype = DType::e4m3;
+  Shard shard = Shard::wide;  ///< with the path sharded
   std::vector<std::vector<Contribution>> gradients;
   Owners owners;
 
@@ -24,6 +29,10 @@ struct MeanCase {
   std::size_t tensors() const { return gradients[0].size(); }
   std::int64_t numel(std::size_t tensor) const {
     return static_cast<std::int64_t>(gradients[0][tensor].bytes.size() / size_of(dtype));
+  }
+  /// Of the means.
+  DType out_dtype(MeanReducer::Path path) const {
+    return path == MeanReducer::Path::sharded && shard == Shard::wide ? DType::f32 : dtype;
   }
   /// All ranks' contributions to one tensor.
   std::vector<Contribution> of_tensor(std::size_t tensor) const {
@@ -34,7 +43,8 @@ struct MeanCase {
 };
 
 struct MeanResult {
-  std::vector<std::vector<float>> shards;            ///< [tensor], sharded only
+  std::vector<std::vector<float>> shards;            ///< [tensor], sharded and wide only
+  std::vector<std::vector<std::uint8_t>> rounded;    ///< [tensor], sharded and rounded only
   std::vector<std::vector<std::uint8_t>> gradients;  ///< [tensor], afterwards
   std::vector<TensorScale> scales;
   std::uint32_t nonfinite = 0;
@@ -62,6 +72,31 @@ std::vector<T> pieces_of(const std::vector<Piece>& pieces, std::size_t tensor,
     part.insert(part.end(), whole.begin() + piece.begin, whole.begin() + piece.begin + piece.count);
   }
   return part;
+}
+
+/// The same for elements of `width` bytes.
+inline std::vector<std::uint8_t> bytes_of_pieces(const std::vector<Piece>& pieces,
+                                                 std::size_t tensor, std::size_t width,
+                                                 const std::vector<std::uint8_t>& whole) {
+  std::vector<Piece> of_bytes;
+  for (const Piece& piece : pieces) {
+    const auto bytes = static_cast<std::int64_t>(width);
+    of_bytes.push_back({piece.tensor, bytes * piece.begin, bytes * piece.count});
+  }
+  return pieces_of(of_bytes, tensor, whole);
+}
+
+/// `base` with these pieces taken from `other`.
+inline std::vector<std::uint8_t> with_pieces(const std::vector<Piece>& pieces, std::size_t tensor,
+                                             std::size_t width, std::vector<std::uint8_t> base,
+                                             const std::vector<std::uint8_t>& other) {
+  const auto bytes = static_cast<std::int64_t>(width);
+  for (const Piece& piece : pieces) {
+    if (piece.tensor != static_cast<std::int32_t>(tensor)) continue;
+    std::copy_n(other.begin() + bytes * piece.begin, bytes * piece.count,
+                base.begin() + bytes * piece.begin);
+  }
+  return base;
 }
 
 /// A window with room for a bucket's gradients, guarded, and its scales. Every gradient begins
@@ -126,10 +161,14 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
     } else {
       gradients.emplace_back(ctx, bytes);
     }
-    shards.emplace_back(ctx, static_cast<std::size_t>(owned) * sizeof(float));
+    const DType shard_dtype = bucket.out_dtype(MeanReducer::Path::sharded);
+    shards.emplace_back(ctx, static_cast<std::size_t>(owned) * size_of(shard_dtype));
     ReduceTensor tensor;
     tensor.gradient = gradients[t].view(bucket.dtype, {bucket.numel(t)});
-    if (path == MeanReducer::Path::sharded) tensor.shard = shards[t].view(DType::f32, {owned});
+    if (path == MeanReducer::Path::sharded) {
+      const bool in_place = bucket.shard == Shard::in_place;
+      tensor.shard = in_place ? tensor.gradient : shards[t].view(shard_dtype, {owned});
+    }
     tensors.push_back(tensor);
     own_scales.push_back(own[t].scale);
   }
@@ -154,7 +193,11 @@ inline MeanResult reduce_on_rank(Communicator& comm, const MeanCase& bucket, Mea
   result.nonfinite = download_one<std::uint32_t>(ctx, flag.data());
   for (std::size_t t = 0; t < own.size(); ++t) {
     result.gradients.push_back(gradients[t].values<std::uint8_t>());
-    result.shards.push_back(shards[t].values<float>());
+    if (bucket.shard == Shard::wide) {
+      result.shards.push_back(shards[t].values<float>());
+    } else {
+      result.rounded.push_back(shards[t].values<std::uint8_t>());
+    }
     result.intact = result.intact && gradients[t].intact() && shards[t].intact();
   }
   return result;
@@ -165,21 +208,28 @@ inline std::string wrong_in(const MeanCase& bucket, MeanReducer::Path path, int 
                             const MeanResult& result) {
   if (!result.intact) return "bytes outside the outputs were written";
   if (result.nonfinite != 0) return "the flag is raised";
-  const bool sharded = path == MeanReducer::Path::sharded;
+  const DType out = bucket.out_dtype(path);
   for (std::size_t t = 0; t < bucket.tensors(); ++t) {
     const auto ranks = bucket.of_tensor(t);
     const auto means = reference_means(bucket.dtype, ranks);
-    const TensorScale scale = reference_mean_scale(sharded ? DType::f32 : bucket.dtype,
-                                                   reference_bound(bucket.dtype, ranks));
+    const TensorScale scale = reference_mean_scale(out, reference_bound(bucket.dtype, ranks));
     const std::string where = "tensor " + std::to_string(t) + ": ";
     if (std::memcmp(&scale, &result.scales[t], sizeof(scale)) != 0) return where + "its scale";
     std::string difference;
-    if (sharded) {
-      const auto& pieces = bucket.owners[static_cast<std::size_t>(rank)];
-      difference = first_difference(result.shards[t], pieces_of(pieces, t, means));
-    } else {
+    const auto& pieces = bucket.owners[static_cast<std::size_t>(rank)];
+    const auto& own = bucket.gradients[static_cast<std::size_t>(rank)][t].bytes;
+    const auto rounded = reference_rounded(bucket.dtype, means, scale.scale);
+    if (path == MeanReducer::Path::two_shot) {
+      difference = first_difference(result.gradients[t], rounded);
+    } else if (bucket.shard == Shard::in_place) {
+      // The rest is this rank's own contribution still.
       difference = first_difference(result.gradients[t],
-                                    reference_rounded(bucket.dtype, means, scale.scale));
+                                    with_pieces(pieces, t, size_of(bucket.dtype), own, rounded));
+    } else if (bucket.shard == Shard::rounded) {
+      difference = first_difference(result.rounded[t],
+                                    bytes_of_pieces(pieces, t, size_of(bucket.dtype), rounded));
+    } else {
+      difference = first_difference(result.shards[t], pieces_of(pieces, t, means));
     }
     if (!difference.empty()) return where + difference;
   }

@@ -20,9 +20,10 @@ using Owners = std::vector<std::vector<Piece>>;
 struct ReduceTensor {
   /// This rank's gradient, whole: e4m3, bf16 or f32; the same dtype for all tensors of a reducer.
   TensorView gradient = {};
-  /// Where this rank's mean goes (sharded only): f32, the elements of its pieces one after the
-  /// other. Empty for two_shot, which puts the mean where the gradient was, and for contributions,
-  /// which makes none.
+  /// Where this rank's mean goes (sharded only): the elements of its pieces one after the other, in
+  /// f32 or the gradient's dtype, the same for all tensors of a reducer (empty ones too); or the
+  /// gradient itself, whose elements of these pieces then become the mean. Empty for two_shot,
+  /// which puts the mean where every rank's gradient was, and for contributions, which makes none.
   TensorView shard = {};
 };
 
@@ -32,7 +33,7 @@ struct ReduceTensor {
 class MeanReducer {
  public:
   enum class Path : std::uint8_t {
-    sharded,   ///< FP32 means of this rank's pieces; a gradient is rounded once
+    sharded,   ///< means of this rank's pieces, in FP32 (a gradient is rounded once) or as two_shot
     two_shot,  ///< means rounded to the gradient's dtype and gathered by every rank
     /// No means: all ranks' contributions to this rank's pieces, for an AdamW that sums them.
     contributions,

@@ -24,6 +24,13 @@ struct EngineConfig {
   /// FP8-managed parameters of two dimensions.
   std::optional<Formats> formats = {};
   AdamWConfig adamw = {};
+  /// What the mean over the ranks of an FP8-managed gradient is stored in for the optimizer: f32,
+  /// which a gradient reaches with one rounding, or the gradient's own format, rounded once more
+  /// with a common scale (numerics section 5). Default: f32 with a sharding, where the mean does
+  /// not travel; the gradient's own without, where there is no other. In the gradient's own format
+  /// it takes no memory beside the gradient. For one value the bits are the same with every
+  /// sharding and, given the same gradients on every rank, number of ranks.
+  std::optional<DType> reduced_gradient = {};
   /// Parameters with at least two dimensions and this many elements are FP8-managed; all others
   /// have FP32 weight, gradient and states.
   std::int64_t fp8_min_elements = 4096;

@@ -31,6 +31,7 @@ struct Plan {
   int ranks = 1;
   std::string transport;
   Formats formats;                        ///< of FP8-managed parameters
+  DType reduced_gradient = DType::f32;    ///< what the optimizer reads, of FP8-managed parameters
   std::int64_t parameters = 0;            ///< elements
   std::int64_t fp8_parameters = 0;        ///< of those, FP8-managed
   std::int64_t owned_fp8_parameters = 0;  ///< whose optimizer state this rank holds
