@@ -87,22 +87,26 @@ __global__ void initialise_scales_kernel(AdamwTensor tensor) {
   initialise_scales(tensor, tensor.master_scale->amax);
 }
 
+// The weights of a piece, stored from element `stored` on.
 __global__ void __launch_bounds__(kLanes)
-    initialise_weight_kernel(AdamwTensor tensor, TensorView values, std::int64_t count) {
+    initialise_weight_kernel(AdamwTensor tensor, TensorView values, Piece piece,
+                             std::int64_t stored) {
   const std::int64_t threads = std::int64_t{gridDim.x} * kLanes;
-  for (std::int64_t i = std::int64_t{blockIdx.x} * kLanes + threadIdx.x; i < count; i += threads) {
-    initialise_weight(tensor, values, i);
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kLanes + threadIdx.x; i < piece.count;
+       i += threads) {
+    initialise_weight(tensor, values, piece.begin + i, stored + i);
   }
 }
 
 /// A block of threads for each tile.
 __global__ void __launch_bounds__(kLanes)
-    initialise_tiles_kernel(AdamwTensor tensor, TensorView values) {
+    initialise_tiles_kernel(AdamwTensor tensor, TensorView values, Piece piece,
+                            std::int64_t stored) {
   const std::int64_t across = (tensor.columns + kTileSide - 1) / kTileSide;
-  const std::int64_t begin = blockIdx.x / across * kTileSide * tensor.columns;
+  const std::int64_t begin = piece.begin + blockIdx.x / across * kTileSide * tensor.columns;
   const AdamwTile tile =
       tile_of(tensor, panel_of(tensor, Segment{.begin = begin}), blockIdx.x % across);
-  cast_tile(tensor, initial_step(tensor), nullptr, tile,
+  cast_tile(tensor, initial_step(tensor), nullptr, tile, stored - piece.begin,
             [&](std::int64_t i) { return initial_master(tensor, values, i); });
 }
 
@@ -121,28 +125,35 @@ unsigned blocks_for(std::int64_t threads) {
       std::clamp<std::int64_t>((threads + kLanes - 1) / kLanes, 1, kMaxBlocks));
 }
 
+void initialise_weights(const Context& ctx, const AdamwTensor& tensor, const TensorView& values,
+                        const Piece& piece, std::int64_t stored) {
+  if (piece.count == 0) return;
+  if (has_block_scales(tensor.formats.weight)) {
+    const auto tiles_of = [](std::int64_t side) { return (side + kTileSide - 1) / kTileSide; };
+    const std::int64_t tiles = tiles_of(piece.count / tensor.columns) * tiles_of(tensor.columns);
+    initialise_tiles_kernel<<<static_cast<unsigned>(tiles), kLanes, 0, ctx.stream()>>>(
+        tensor, values, piece, stored);
+  } else {
+    initialise_weight_kernel<<<blocks_for(piece.count), kLanes, 0, ctx.stream()>>>(tensor, values,
+                                                                                   piece, stored);
+  }
+}
+
 }  // namespace
 
 void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   cuda::measure_amax(ctx, init.values, init.tensor.master_scale);
   initialise_scales_kernel<<<1, 1, 0, ctx.stream()>>>(init.tensor);
-  const std::int64_t count = init.values.numel();
-  if (has_block_scales(init.tensor.formats.weight)) {
-    const auto tiles_of = [](std::int64_t side) { return (side + kTileSide - 1) / kTileSide; };
-    const std::int64_t tiles = tiles_of(init.tensor.rows) * tiles_of(init.tensor.columns);
-    if (count > 0) {
-      initialise_tiles_kernel<<<static_cast<unsigned>(tiles), kLanes, 0, ctx.stream()>>>(
-          init.tensor, init.values);
-    }
-  } else {
-    initialise_weight_kernel<<<blocks_for(count), kLanes, 0, ctx.stream()>>>(init.tensor,
-                                                                             init.values, count);
+  const AdamwTensor& tensor = init.tensor;
+  if (!tensor.weight_is_shard) {
+    initialise_weights(ctx, tensor, init.values, {.count = init.values.numel()}, 0);
   }
   std::int64_t local = 0;
   for (std::int64_t p = 0; p < init.piece_count; ++p) {
     const Piece piece = init.pieces[p];
+    if (tensor.weight_is_shard) initialise_weights(ctx, tensor, init.values, piece, local);
     initialise_state_kernel<<<blocks_for(piece.count), kLanes, 0, ctx.stream()>>>(
-        init.tensor, init.values, piece, local);
+        tensor, init.values, piece, local);
     local += piece.count;
   }
   OCTET_CUDA_CHECK(cudaGetLastError());

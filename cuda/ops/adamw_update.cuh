@@ -274,9 +274,10 @@ __device__ __noinline__ void update_tiles(const UpdateArgs& args, const WorkOf<X
                       largest);
     }
     __syncthreads();  // the masters are there
-    cast_tile(t, work.step, exchange_in(work), tile, [&](std::int64_t i) {
-      return load_code(t.master, size_of(t.formats.master), at.master + i - segment.begin);
-    });
+    cast_tile(
+        t, work.step, exchange_in(work), tile, at.weight - segment.begin, [&](std::int64_t i) {
+          return load_code(t.master, size_of(t.formats.master), at.master + i - segment.begin);
+        });
   }
 }
 

@@ -11,11 +11,11 @@
 namespace octet::detail::cuda {
 
 /// Casts a tile of any shape from the codes of the stored master, which master_at(i) tells for
-/// element i of the tensor; also into the copies of an exchange, which may be null. All threads of
-/// the block must call it.
+/// element i of the tensor; it is element i + shift of the weight. Also into the copies of an
+/// exchange, which may be null. All threads of the block must call it.
 template <class MasterAt>
 __device__ void cast_tile(const AdamwTensor& t, const AdamwTensorStep& s, const AdamwExchange* x,
-                          const AdamwTile& tile, const MasterAt& master_at) {
+                          const AdamwTile& tile, std::int64_t shift, const MasterAt& master_at) {
   const StateFormats& f = t.formats;
   const int lane = threadIdx.x % 32;
   const auto for_columns = [&](int row, const auto& visit) {
@@ -27,7 +27,7 @@ __device__ void cast_tile(const AdamwTensor& t, const AdamwTensorStep& s, const 
   const auto cast_row = [&](int row, float scale) {
     for_columns(row, [&](std::int64_t i, std::uint32_t master) {
       const std::uint32_t code = weight_code(f, s, master, scale);
-      store_weight(t, i, code);
+      store_weight(t, i + shift, code);
       store_copies(x, f, i, code);
     });
   };

@@ -100,7 +100,7 @@ void update_block(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwT
                                      words.word[index % 4]);
     largest.raise(f, codes);
     store_codes(tensor, at, i, codes);
-    store_copies(exchange_of(args, segment.tensor), f, at.weight + i, codes);
+    store_copies(exchange_of(args, segment.tensor), f, segment.begin + i, codes);
   }
 }
 
@@ -114,10 +114,12 @@ void update_run(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwTen
 }
 
 /// Casts a tile of the weight from the codes of the stored master, which master_at(i) tells for
-/// element i of the tensor; also into the copies of an exchange, which may be null.
+/// element i of the tensor; it is element i + shift of the weight. Also into the copies of an
+/// exchange, which may be null.
 template <class MasterAt>
 void cast_tile(const AdamwTensor& tensor, const AdamwTensorStep& step,
-               const AdamwExchange* exchange, const AdamwTile& tile, const MasterAt& master_at) {
+               const AdamwExchange* exchange, const AdamwTile& tile, std::int64_t shift,
+               const MasterAt& master_at) {
   const StateFormats& f = tensor.formats;
   const std::int64_t height = has_scale_per_row(tensor) ? 1 : kTileSide;
   const std::int64_t end_row = tile.row + tile.rows, end_column = tile.column + tile.columns;
@@ -139,7 +141,7 @@ void cast_tile(const AdamwTensor& tensor, const AdamwTensorStep& step,
     store_copied_scale(exchange, tensor, first, tile.column, scale);
     for_block([&](std::int64_t i, std::uint32_t master) {
       const std::uint32_t code = weight_code(f, step, master, scale);
-      store_weight(tensor, i, code);
+      store_weight(tensor, i + shift, code);
       store_copies(exchange, f, i, code);
     });
   }
@@ -160,10 +162,11 @@ void update_tiles(const AdamwArgs& args, const AdamwTensor& tensor, const AdamwT
       const std::int64_t first = (tile.row + row) * tensor.columns + tile.column;
       update_run(args, tensor, step, segment, first - segment.begin, tile.columns, largest);
     }
-    cast_tile(tensor, step, exchange_of(args, segment.tensor), tile, [&](std::int64_t i) {
-      return load_code(tensor.master, size_of(tensor.formats.master),
-                       at.master + i - segment.begin);
-    });
+    cast_tile(tensor, step, exchange_of(args, segment.tensor), tile, at.weight - segment.begin,
+              [&](std::int64_t i) {
+                return load_code(tensor.master, size_of(tensor.formats.master),
+                                 at.master + i - segment.begin);
+              });
   }
 }
 
@@ -186,18 +189,21 @@ void update_segment(const AdamwArgs& args, const Segment& segment) {
   }
 }
 
-/// The whole compute weight.
-void initialise_weights(const AdamwTensor& tensor, const TensorView& values) {
-  const std::int64_t count = values.numel();
+/// A piece of the compute weight, stored from element `stored` on.
+void initialise_weights(const AdamwTensor& tensor, const TensorView& values, const Piece& piece,
+                        std::int64_t stored) {
+  const std::int64_t end = piece.begin + piece.count, shift = stored - piece.begin;
   if (!has_block_scales(tensor.formats.weight)) {
-    for (std::int64_t i = 0; i < count; ++i) initialise_weight(tensor, values, i);
+    for (std::int64_t i = piece.begin; i < end; ++i) {
+      initialise_weight(tensor, values, i, i + shift);
+    }
     return;
   }
   const AdamwTensorStep step = initial_step(tensor);
-  for (std::int64_t begin = 0; begin < count; begin += kTileSide * tensor.columns) {
+  for (std::int64_t begin = piece.begin; begin < end; begin += kTileSide * tensor.columns) {
     const AdamwPanel panel = panel_of(tensor, {.begin = begin});
     for (std::int64_t number = 0; number < panel.end; ++number) {
-      cast_tile(tensor, step, nullptr, tile_of(tensor, panel, number),
+      cast_tile(tensor, step, nullptr, tile_of(tensor, panel, number), shift,
                 [&](std::int64_t i) { return initial_master(tensor, values, i); });
     }
   }
@@ -209,10 +215,13 @@ void adamw_initialise(const Context& ctx, const AdamwInit& init) {
   const AdamwTensor& tensor = init.tensor;
   cpu::measure_amax(ctx, init.values, tensor.master_scale);
   initialise_scales(tensor, tensor.master_scale->amax);
-  initialise_weights(tensor, init.values);
+  if (!tensor.weight_is_shard) {
+    initialise_weights(tensor, init.values, {.count = init.values.numel()}, 0);
+  }
   std::int64_t local = 0;
   for (std::int64_t p = 0; p < init.piece_count; ++p) {
     const Piece& piece = init.pieces[p];
+    if (tensor.weight_is_shard) initialise_weights(tensor, init.values, piece, local);
     for (std::int64_t i = 0; i < piece.count; ++i) {
       initialise_state(tensor, init.values, piece.begin + i, local + i);
     }

@@ -34,16 +34,26 @@ void check_device(const std::string& what, const char* name, const TensorView& v
           ", the optimizer on ", device);
 }
 
-void check_weight(const std::string& what, const AdamWParam& param) {
-  if (param.formats.weight == WeightFormat::none) {
+/// Formats whose elements a panel's owner writes together: those of shards and of copies.
+bool lies_in_panels(WeightFormat format) {
+  return format == WeightFormat::e4m3 || format == WeightFormat::bf16 ||
+         format == WeightFormat::f32 || format == WeightFormat::e4m3_tile;
+}
+
+void check_weight(const std::string& what, const AdamWParam& param, std::int64_t owned) {
+  const WeightFormat format = param.formats.weight;
+  require(!param.weight_is_shard || lies_in_panels(format), what,
+          ": weight_is_shard is true and formats.weight is ", name_of(format),
+          "; a shard may be f32, bf16, e4m3 or e4m3_tile");
+  if (format == WeightFormat::none) {
     require(param.weight.empty(), what, ": a weight is given, but formats.weight is none");
   } else {
-    const DType dtype = dtype_of(param.formats.weight);
-    require(param.weight.shape == param.shape && param.weight.dtype == dtype, what,
-            ": the weight is ", name_of(param.weight.dtype), " ", param.weight.shape,
-            "; it must be ", name_of(dtype), " ", param.shape);
-    require(!param.weight.empty() || param.shape.numel() == 0, what,
-            ": the weight has a null pointer");
+    const DType dtype = dtype_of(format);
+    const Shape shape = param.weight_is_shard ? Shape{owned} : param.shape;
+    require(param.weight.shape == shape && param.weight.dtype == dtype, what, ": the weight is ",
+            name_of(param.weight.dtype), " ", param.weight.shape, "; it must be ", name_of(dtype),
+            " ", shape, param.weight_is_shard ? ", the elements of its pieces" : "");
+    require(!param.weight.empty() || shape.numel() == 0, what, ": the weight has a null pointer");
   }
   require(!needs_matrix(param.formats.weight) || param.shape.rank() == 2, what,
           ": formats.weight is ", name_of(param.formats.weight), ", but the shape ", param.shape,
@@ -91,10 +101,10 @@ void check_contributions(const std::string& what, const AdamWParam& param, std::
 void check_weight_copies(const std::string& what, const AdamWParam& param) {
   const WeightFormat format = param.formats.weight;
   if (param.weight_copies.empty()) return;
-  require(format == WeightFormat::e4m3 || format == WeightFormat::bf16 ||
-              format == WeightFormat::f32 || format == WeightFormat::e4m3_tile,
-          what, ": the weight has copies and formats.weight is ", name_of(format),
-          "; with copies it may be f32, bf16, e4m3 or e4m3_tile");
+  require(!param.weight_is_shard, what,
+          ": the weight has copies, which are whole, and weight_is_shard is true");
+  require(lies_in_panels(format), what, ": the weight has copies and formats.weight is ",
+          name_of(format), "; with copies it may be f32, bf16, e4m3 or e4m3_tile");
   for (std::size_t c = 0; c < param.weight_copies.size(); ++c) {
     const WeightCopy& copy = param.weight_copies[c];
     require(copy.data != nullptr || param.shape.numel() == 0, what, ": copy ", c,
@@ -190,7 +200,7 @@ AdamW::AdamW(const Context& ctx, const AdamWConfig& config, std::vector<AdamWPar
     if (whole) param.pieces = std::vector<Piece>{{0, 0, param.shape.numel()}};
     for (Piece& piece : *param.pieces) piece.tensor = static_cast<std::int32_t>(i);
     check_gradient(what, param, whole, numel_of(*param.pieces));
-    check_weight(what, param);
+    check_weight(what, param, numel_of(*param.pieces));
     check_weight_copies(what, param);
     check_device(what, "gradient", param.gradient, ctx_.device());
     check_device(what, "weight", param.weight, ctx_.device());
@@ -284,7 +294,8 @@ AdamwTensor AdamW::make_tensor(int i, std::uint64_t random_base) {
   tensor.formats = f;
   tensor.master = own_master ? master_.back().codes.data() : param.weight.data;
   tensor.master_scale = scale(kMaster, i);
-  tensor.master_is_shard = own_master;
+  tensor.master_is_shard = own_master || param.weight_is_shard;
+  tensor.weight_is_shard = param.weight_is_shard;
   tensor.states_are_far = states_are_far_;
   tensor.m = m_.back().codes.data();
   tensor.m_blocks = m_.back().blocks.as<float>();
@@ -396,6 +407,8 @@ BlockScaledView AdamW::block_weight(int i) const {
   const AdamWParam& param = params_[static_cast<std::size_t>(i)];
   require(has_block_scales(param.formats.weight), "AdamW::block_weight: the weight of parameter \"",
           param.name, "\" is ", name_of(param.formats.weight), ", which has no scales of blocks");
+  require(!param.weight_is_shard, "AdamW::block_weight: the weight of parameter \"", param.name,
+          "\" is a shard; a view wants all of it");
   return {.data = param.weight,
           .granularity = granularity_of(param.formats.weight),
           .scales = tensors_host_[static_cast<std::size_t>(i)].weight_blocks};

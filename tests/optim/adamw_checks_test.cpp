@@ -173,4 +173,43 @@ TEST_CASE("weights that do not fit their format are refused by name") {
                 {"layer", "weight", "null"}) == "");
 }
 
+TEST_CASE("a shard of a weight that does not fit is refused by name") {
+  const Context ctx = Context::cpu();
+  const Tensor shard(ctx, DType::e4m3, {128 * 6});
+  const ScaledTensor gradient(ctx, DType::f32, {200, 6});
+  AdamWParam good;
+  good.name = "layer";
+  good.shape = {200, 6};
+  good.formats.weight = WeightFormat::e4m3;
+  good.gradient = gradient.view().data;
+  good.gradient_scale = gradient.view().scale;
+  good.pieces = std::vector<Piece>{{0, 0, 128 * 6}};
+  good.weight = shard.view();
+  good.weight_is_shard = true;
+  const auto error_with = [&](auto change) {
+    AdamWParam param = good;
+    change(param);
+    return error_of([&] { AdamW(ctx, {}, {param}); });
+  };
+  CHECK(error_with([](AdamWParam&) {}) == "no error");
+  CHECK(missing(error_with([](AdamWParam& p) { p.weight_is_shard = false; }),
+                {"layer", "weight", "[768]", "[200, 6]"}) == "");
+  CHECK(missing(error_with([](AdamWParam& p) { p.pieces = std::nullopt; }),
+                {"layer", "weight", "[768]", "[1200]", "pieces"}) == "");
+  for (WeightFormat format :
+       {WeightFormat::none, WeightFormat::e4m3_and_transpose, WeightFormat::e4m3_row_block,
+        WeightFormat::e4m3_tile_and_transpose}) {
+    CHECK(missing(error_with([&](AdamWParam& p) { p.formats.weight = format; }),
+                  {"layer", "weight_is_shard", std::string(name_of(format)), "e4m3_tile"}) == "");
+  }
+  CHECK(missing(error_with([&](AdamWParam& p) {
+                  p.weight_copies = {{shard.view().data, nullptr}};
+                }),
+                {"layer", "copies", "weight_is_shard"}) == "");
+  AdamWParam tiles = good;
+  tiles.formats.weight = WeightFormat::e4m3_tile;
+  AdamW optimizer(ctx, {}, {tiles});
+  CHECK(missing(error_of([&] { optimizer.block_weight(0); }), {"layer", "shard"}) == "");
+}
+
 }  // namespace octet::test

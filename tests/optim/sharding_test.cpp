@@ -8,7 +8,8 @@
 namespace octet::test {
 namespace {
 
-const std::vector<Shape> kShapes = {{300, 97}, {1}, {40000}, {129, 131}, {128, 64}, {2, 9000}};
+const std::vector<Shape> kShapes = {{300, 97}, {1},       {40000},   {129, 131},
+                                    {128, 64}, {2, 9000}, {260, 128}};
 
 std::vector<ParamCase> cases_of(const StateFormats& formats, DType gradient) {
   std::vector<ParamCase> cases;
@@ -46,14 +47,15 @@ std::vector<std::vector<Piece>> pieces_of(std::size_t owner, std::size_t owners)
 class Group {
  public:
   Group(const Context& ctx, const AdamWConfig& config, const StateFormats& formats, DType gradient,
-        std::size_t owners)
-      : ctx_(ctx) {
+        std::size_t owners, bool weights_are_shards = false)
+      : ctx_(ctx), weights_are_shards_(weights_are_shards) {
     for (std::size_t owner = 0; owner < owners; ++owner) {
       std::vector<ParamCase> cases = cases_of(formats, gradient);
       const auto pieces = pieces_of(owner, owners);
       if (owners > 1) {
         for (std::size_t i = 0; i < cases.size(); ++i) cases[i].pieces = pieces[i];
       }
+      for (ParamCase& what : cases) what.weight_is_shard = weights_are_shards;
       models_.push_back(std::make_unique<AdamwModel>(ctx, config, cases));
       pieces_.push_back(pieces);
     }
@@ -87,14 +89,14 @@ class Group {
     for (std::size_t i = 0; i < kShapes.size(); ++i) {
       const int p = static_cast<int>(i);
       const auto weight = [p](const AdamwModel& m) { return plane_of(m.weight_view(p)); };
-      append(all, gather(i, weight, false));
+      append(all, gather(i, weight, weights_are_shards_));
       append(all, gather_transposed(i));
       append(all, gather_scales(i));
       const void* const weight_data = models_[0]->weight_view(p).data;
       const bool own_master =
           weight_data == nullptr || models_[0]->optimizer().master(p).data != weight_data;
       const auto master = [p](AdamwModel& m) { return codes_of(m.optimizer().master(p)); };
-      append(all, gather(i, master, own_master));
+      append(all, gather(i, master, own_master || weights_are_shards_));
       for (Plane (*part)(const StateView&) : {&Group::codes_of, &Group::blocks_of}) {
         const auto m_part = [&](AdamwModel& m) { return part(m.optimizer().m(p)); };
         const auto v_part = [&](AdamwModel& m) { return part(m.optimizer().v(p)); };
@@ -180,7 +182,8 @@ class Group {
     for (std::size_t owner = 0; owner < models_.size(); ++owner) {
       const Plane plane = plane_of(*models_[owner]);
       const std::vector<std::uint8_t> held = read(plane);
-      whole.resize(plane.bytes_for(count));
+      // A shard without elements is nothing at all.
+      whole.resize(std::max(whole.size(), plane.bytes_for(count)));
       std::size_t local = 0;
       for (const Piece& piece : pieces_[owner][i]) {
         const std::size_t begin = plane.bytes_for(static_cast<std::size_t>(piece.begin));
@@ -227,7 +230,7 @@ class Group {
     Codes whole(places.bytes()), whole_turned(has_copy ? turned.bytes() : 0);
     for (std::size_t owner = 0; owner < models_.size(); ++owner) {
       const AdamwModel& model = *models_[owner];
-      const Codes held = model.block_weight(p).scales;
+      const Codes held = model.weight_scales(p);
       const Codes held_turned = has_copy ? model.block_weight_transposed(p).scales : Codes();
       for (const Piece& piece : pieces_[owner][i]) {
         for (std::int64_t k = piece.begin; k < piece.begin + piece.count; ++k) {
@@ -244,6 +247,7 @@ class Group {
   }
 
   Context ctx_;
+  bool weights_are_shards_;
   std::vector<std::unique_ptr<AdamwModel>> models_;
   std::vector<std::vector<std::vector<Piece>>> pieces_;
 };
@@ -272,6 +276,30 @@ TEST_CASE("sharded pieces give the bits of the whole for 2, 3 and 4 owners") {
             CHECK(group.scalars(owner).step == 3);
           }
         }
+      }
+    }
+  }
+}
+
+TEST_CASE("weights in shards have the bits of whole ones, for 2, 3 and 5 owners") {
+  const StateFormats tiles = {WeightFormat::e4m3_tile, StateFormat::f16, StateFormat::e4m3,
+                              StateFormat::f16};
+  const StateFormats block_states = {WeightFormat::e4m3_tile, StateFormat::f32,
+                                     StateFormat::e4m3_block, StateFormat::f16};
+  for (const Context& ctx : test_contexts()) {
+    for (const StateFormats& formats : {kPlain, kO0, kO1, kO2, kSmall, tiles, block_states}) {
+      const DType gradient = formats == kPlain ? DType::f32 : DType::e4m3;
+      Group whole(ctx, {.seed = 4}, formats, gradient, 1);
+      whole.initialise();
+      const std::vector<std::uint8_t> initial = whole.all_bytes();
+      for (std::uint32_t t = 1; t <= 3; ++t) whole.step(t, 1.0f);
+      for (std::size_t owners : {2u, 3u, 5u}) {
+        INFO(to_string(ctx.device()) << ", " << describe(formats) << ", " << owners << " owners");
+        Group group(ctx, {.seed = 4}, formats, gradient, owners, true);
+        group.initialise();
+        CHECK(first_difference(group.all_bytes(), initial) == "");
+        for (std::uint32_t t = 1; t <= 3; ++t) group.step(t, 1.0f);
+        CHECK(first_difference(group.all_bytes(), whole.all_bytes()) == "");
       }
     }
   }

@@ -27,6 +27,7 @@ struct ParamCase {
   std::optional<std::vector<Piece>> pieces = std::nullopt;
   std::optional<AdamWGroup> group = std::nullopt;
   GradientAmax amax = GradientAmax::given;
+  bool weight_is_shard = false;
 };
 
 class AdamwModel {
@@ -36,8 +37,14 @@ class AdamwModel {
     std::vector<AdamWParam> params;
     for (const ParamCase& what : cases_) {
       const WeightFormat format = what.formats.weight;
-      weights_.push_back(format == WeightFormat::none ? Tensor()
-                                                      : Tensor(ctx, dtype_of(format), what.shape));
+      weights_.push_back(format == WeightFormat::none
+                             ? Tensor()
+                             : Tensor(ctx, dtype_of(format), weight_shape(what)));
+      weight_blocks_.emplace_back(
+          ctx, what.weight_is_shard && has_block_scales(format)
+                   ? static_cast<std::size_t>(
+                         scale_bytes(granularity_of(format), what.shape[0], what.shape[1]))
+                   : 0);
       const bool transposed = is_transposed(format) && what.shape.rank() == 2;
       transposed_.push_back(transposed ? Tensor(ctx, DType::e4m3, {what.shape[1], what.shape[0]})
                                        : Tensor());
@@ -57,6 +64,8 @@ class AdamwModel {
       param.measure_amax = what.amax == GradientAmax::measured;
       measures_ = measures_ || what.amax != GradientAmax::given;
       param.weight = weights_.back().view();
+      param.weight_is_shard = what.weight_is_shard;
+      param.weight_blocks = weight_blocks_.back().as<float>();
       param.weight_transposed = transposed_.back().view();
       param.group = what.group.value_or(AdamWGroup{.weight_decay = what.weight_decay});
       param.pieces = what.pieces;
@@ -98,6 +107,12 @@ class AdamwModel {
   }
   /// Codes and scales of a weight in blocks, and of its transposed copy.
   Blocks block_weight(int i) const { return read_blocks(ctx_, optimizer_->block_weight(i)); }
+  /// The scales alone, those of a shard too.
+  Codes weight_scales(int i) const {
+    const Buffer& own = weight_blocks_[at(i)];
+    if (own.bytes() == 0) return block_weight(i).scales;
+    return download<std::uint8_t>(ctx_, own.data(), own.bytes());
+  }
   Blocks block_weight_transposed(int i) const {
     return read_blocks(ctx_, optimizer_->block_weight_transposed(i));
   }
@@ -161,11 +176,18 @@ class AdamwModel {
 
  private:
   static std::size_t at(int i) { return static_cast<std::size_t>(i); }
+  static Shape weight_shape(const ParamCase& what) {
+    if (!what.weight_is_shard) return what.shape;
+    std::int64_t owned = 0;
+    for (const Piece& piece : *what.pieces) owned += piece.count;
+    return {owned};
+  }
 
   Context ctx_;
   std::vector<ParamCase> cases_;
   std::vector<Tensor> weights_, transposed_;
   std::vector<ScaledTensor> gradients_;
+  std::vector<Buffer> weight_blocks_;  ///< of shards
   Buffer flag_;
   bool measures_ = false;
   std::unique_ptr<AdamW> optimizer_;

@@ -88,10 +88,13 @@ struct alignas(16) AdamwTensor {
 
   DType gradient_dtype = DType::f32;
   StateFormats formats = {};
-  /// Whether gradient and master are indexed by Segment::local (a shard) or by Segment::begin (the
-  /// whole tensor). m and v are always shards, the weight is always whole.
+  /// Whether gradient, master and weight are indexed by Segment::local (a shard: this rank's pieces
+  /// one after the other) or by Segment::begin (the whole tensor). m and v are always shards, the
+  /// scales of a weight's blocks always whole; a transposed weight is whole, and so is the weight
+  /// beside it.
   bool gradient_is_shard = false;
   bool master_is_shard = false;
+  bool weight_is_shard = false;
   /// True: the gradient's amax is not known yet; adamw_measure finds it.
   bool measure_amax = false;
   std::int32_t group = 0;  ///< index into AdamwArgs::groups
@@ -249,7 +252,8 @@ struct AdamwInit {
 };
 
 /// State of one tensor before the first step: master = the values, rounded to nearest; m = v = 0;
-/// the compute weight, whole, from the rounded master; all scales from the values' amax.
+/// the compute weight from the rounded master, whole or, of a shard, that of the pieces with the
+/// scales of their blocks; all scales of the tensor from the values' amax.
 /// Stream-ordered; for set-up. Deterministic; equal bits on CPU and CUDA and for every sharding.
 void adamw_initialise(const Context& ctx, const AdamwInit& init);
 

@@ -44,13 +44,17 @@ struct AdamWParam {
   /// itself, for steps that read that. No measure() of contributions, because nothing holds the
   /// mean.
   std::optional<RankGradients> contributions = {};
-  /// Compute weight, whole, in formats.weight; of an f32 weight the master too; empty for `none`.
+  /// Compute weight, whole or this rank's shard of it, in formats.weight; of an f32 weight the
+  /// master too; empty for `none`.
   TensorView weight = {};
+  /// True: `weight` holds the pieces one after the other, and nobody else's elements. For formats
+  /// without a transposed copy.
+  bool weight_is_shard = false;
   /// For a format that is also transposed the transposed weight [columns, rows] of a matrix, whole;
   /// else empty. A step writes what belongs to this rank's pieces.
   TensorView weight_transposed = {};
-  /// Where the scales of an e4m3_tile weight go: the caller's, scale_bytes() of them, for memory
-  /// that peers reach. Null: the optimizer's own.
+  /// Where the scales of an e4m3_tile weight go, those of all of it: the caller's, scale_bytes() of
+  /// them, for memory that peers reach, say. Null: the optimizer's own.
   float* weight_blocks = nullptr;
   /// Further places where a step writes what it writes of the compute weight, each whole and in its
   /// format: e4m3, bf16, f32 or e4m3_tile (with the tiles' scales). initialise() leaves them alone.
@@ -108,7 +112,7 @@ class AdamW {
         const std::optional<Context>& states = {});
 
   /// Sets master and compute weight of parameter i from `values` (f32, bf16 or f16, whole, on the
-  /// context's device; may be the weight itself only for f32). m, v start at zero.
+  /// context's device; may be the weight itself only for f32 and no shard). m, v start at zero.
   void initialise(int i, const TensorView& values);
 
   /// One read of this rank's gradients: sums of squares of its segments into segment_sums(), for
@@ -147,7 +151,7 @@ class AdamW {
   /// The compute weight of parameter i with the scales of its blocks, which the optimizer owns
   /// unless AdamWParam::weight_blocks says otherwise, as of the last step: what block_quantize()
   /// makes of the decoded master. A step writes what belongs to this rank's pieces. Throws
-  /// octet::Error for weights without scales of blocks.
+  /// octet::Error for weights without scales of blocks, and for one that is a shard.
   BlockScaledView block_weight(int i) const;
   /// The transposed copy [columns, rows] of it, with the scales transposed. Throws octet::Error for
   /// formats other than e4m3_tile_and_transpose.
@@ -172,7 +176,8 @@ class AdamW {
            weight_copies_.bytes() + nonfinite_counts_.bytes();
   }
 
-  /// States of parameter i (this rank's shard). The master of an f32 weight is the whole weight.
+  /// States of parameter i (this rank's shard). The master of an f32 weight is the weight, whole or
+  /// a shard as that is.
   StateView m(int i) const;
   StateView v(int i) const;
   StateView master(int i) const;

@@ -247,7 +247,8 @@ struct AdamwOffsets {
 
 OCTET_HD inline AdamwOffsets offsets_of(const AdamwTensor& tensor, const Segment& segment) {
   return {tensor.gradient_is_shard ? segment.local : segment.begin,
-          tensor.master_is_shard ? segment.local : segment.begin, segment.local, segment.begin};
+          tensor.master_is_shard ? segment.local : segment.begin, segment.local,
+          tensor.weight_is_shard ? segment.local : segment.begin};
 }
 
 /// Decoded gradient of an element, counted from the start of the gradient.
@@ -276,6 +277,7 @@ OCTET_HD inline AdamwInput load_input(const AdamwTensor& tensor, const AdamwOffs
           decode_state(f.v, load_code(tensor.v, size_of(f.v), at.state + i))};
 }
 
+/// Element i of the weight as it is stored: counted in the tensor where that is transposed too.
 OCTET_HD inline void store_weight(const AdamwTensor& tensor, std::int64_t i, std::uint32_t code) {
   store_code(tensor.weight, size_of(dtype_of(tensor.formats.weight)), i, code);
   if (!is_transposed(tensor.formats.weight)) return;

@@ -56,17 +56,17 @@ OCTET_HD inline std::uint32_t initial_master(const AdamwTensor& tensor, const Te
                       load_element(values.data, values.dtype, i) * tensor.master_scale->scale);
 }
 
-/// Element i of the initial compute weight, which every rank holds whole; not of one whose blocks
-/// have scales, which is cast like that of a step.
+/// Element `whole` of the values as element `stored` of the initial compute weight; not of one
+/// whose blocks have scales, which is cast like that of a step.
 OCTET_HD inline void initialise_weight(const AdamwTensor& tensor, const TensorView& values,
-                                       std::int64_t i) {
+                                       std::int64_t whole, std::int64_t stored) {
   const StateFormats& f = tensor.formats;
   if (f.weight == WeightFormat::none) return;
-  const std::uint32_t master = initial_master(tensor, values, i);
+  const std::uint32_t master = initial_master(tensor, values, whole);
   if (f.weight == WeightFormat::f32) {
-    static_cast<float*>(tensor.master)[i] = bits_float(master);
+    static_cast<float*>(tensor.master)[stored] = bits_float(master);
   } else {
-    store_weight(tensor, i,
+    store_weight(tensor, stored,
                  weight_code(f, initial_step(tensor), master, tensor.weight_scale->scale));
   }
 }
