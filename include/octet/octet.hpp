@@ -22,6 +22,7 @@
 #include "octet/engine/level.hpp"
 #include "octet/engine/plan.hpp"
 #include "octet/engine/shard_plan.hpp"
+#include "octet/engine/state.hpp"
 #include "octet/gemm/cublaslt.hpp"
 #include "octet/gemm/dequant_bf16.hpp"
 #include "octet/gemm/epilogue.hpp"

@@ -5,6 +5,7 @@
 #include "octet/comm/gradient_reducer.hpp"
 #include "octet/engine/engine.hpp"
 #include "octet/engine/shard_plan.hpp"
+#include "octet/engine/state.hpp"
 #include "octet/optim/adamw.hpp"
 
 namespace octet {
@@ -107,6 +108,10 @@ struct Engine::Impl {
   void store_sum(Param& p);
   /// Ends the backward pass: all gradients are reduced, or only brought together.
   void finish_gradients(bool sums_contributions);
+
+  ParamState state_of(int i) const;
+  /// The transposed copy from the codes, for formats that have one.
+  void transpose_weight(int i);
 
   /// Any rank's flag becomes every rank's.
   void share_flag();

@@ -77,6 +77,8 @@ struct ParamSpec {
   AdamWGroup group = {};
 };
 
+struct EngineState;  // octet/engine/state.hpp
+
 struct ParamId {
   int index = -1;
 };
@@ -176,6 +178,14 @@ class Engine {
   std::vector<NonfiniteGradient> nonfinite_gradients_sync() const;
   /// The optimizer, for reading states.
   const AdamW& optimizer() const;
+
+  /// All that lasts from step to step, as this rank holds it: what a checkpoint saves, and where
+  /// loading writes to. In the order of the engine's stream. Throws octet::Error before freeze(),
+  /// and naming the parameter where gradients wait for a step.
+  EngineState state();
+  /// After the memory that state() tells of was written: makes anew what follows from it, the
+  /// transposed copies of weights. Waits for the stream.
+  void state_loaded();
 
  private:
   struct Impl;

@@ -137,6 +137,8 @@ class AdamW {
   /// [parameters], device memory: in how many skipped steps the gradient of each was not finite. Of
   /// a sharded optimizer the same on every rank, because the ranks share the gradients' amax.
   const std::int64_t* nonfinite_counts() const { return nonfinite_counts_.as<std::int64_t>(); }
+  /// For those who set `step` and `skipped`, with which a loaded state goes on.
+  AdamwScalars* scalars() { return scalars_.as<AdamwScalars>(); }
   /// Scalars of the group of parameter i, in device memory, as of the last step.
   const AdamwGroupScalars* group_scalars(int i) const;
   /// Why on CUDA the update of parameter i takes the general code; empty where it does not. See

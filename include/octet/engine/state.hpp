@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "octet/engine/level.hpp"
+#include "octet/optim/adamw.hpp"
+
+namespace octet {
+
+/// Elements [begin, begin + count) of an array of a parameter, and where this rank has them.
+struct StateRange {
+  std::int64_t begin = 0;
+  std::int64_t count = 0;
+  void* data = nullptr;  ///< device memory
+};
+
+/// One stored array of a parameter. Everything is counted in elements of the parameter; `unit` of
+/// them in a row share an entry (a block's scale), so ranges begin at multiples of it.
+struct StateArray {
+  /// "weight", "weight_blocks", "master", "m", "m_blocks", "v", "v_blocks".
+  std::string_view name;
+  /// As name_of() spells the weight's or state's format; "f32" for scales of blocks.
+  std::string_view format;
+  std::int64_t unit = 1;
+  std::size_t unit_bytes = 0;  ///< of an entry
+  /// All that this rank has, in ascending order.
+  std::vector<StateRange> held = {};
+  /// Of that the part that is this rank's to save: over all ranks each element once, whatever the
+  /// sharding.
+  std::vector<StateRange> owned = {};
+
+  /// Bytes of `count` elements from the start of an entry.
+  std::size_t bytes(std::int64_t count) const {
+    return static_cast<std::size_t>((count + unit - 1) / unit) * unit_bytes;
+  }
+};
+
+/// What this rank has of a parameter. Transposed copies are no state: Engine::state_loaded() makes
+/// them anew.
+struct ParamState {
+  std::string name = {};
+  Shape shape = {};
+  StateFormats formats = {};  ///< of the stored arrays: the weight's without its transposed copy
+  AdamwHyper hyper = {};
+  std::vector<StateArray> arrays = {};
+};
+
+/// What an engine is between two steps: all that a later one needs to go on with the same bits.
+/// Pointers are into the engine's device memory and stay valid as long as it lives.
+struct EngineState {
+  Context ctx;  ///< whose stream the memory belongs to
+  AdamWConfig adamw;
+  std::vector<ParamState> params;  ///< as registered
+  /// [4 * parameters]: weight, master, m, v of all parameters; the same on every rank.
+  TensorScale* scales = nullptr;
+  std::int64_t scale_count = 0;
+  /// Of which `step` and `skipped` persist; the same on every rank.
+  AdamwScalars* scalars = nullptr;
+};
+
+}  // namespace octet
