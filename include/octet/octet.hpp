@@ -2,7 +2,9 @@
 // Everything a trainer needs. Each header can be included alone.
 #pragma once
 
+#include "octet/checkpoint/checkpoint.hpp"
 #include "octet/checkpoint/safetensors.hpp"
+#include "octet/checkpoint/xxh64.hpp"
 #include "octet/comm/block_mean_reducer.hpp"
 #include "octet/comm/bootstrap.hpp"
 #include "octet/comm/collectives.hpp"

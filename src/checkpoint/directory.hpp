@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The directory that checkpoints are in.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "checkpoint/index.hpp"
+#include "octet/checkpoint/checkpoint.hpp"
+
+namespace octet {
+
+/// Of the newest checkpoint, or that which is asked for if it is there. Throws octet::Error.
+std::int64_t find_step(const std::string& directory, std::optional<std::int64_t> step);
+Index read_index(const std::string& directory, std::int64_t step);
+
+/// What a caller is told of it.
+CheckpointInfo info_of(const std::string& directory, const Index& index);
+
+/// Puts an index in place: written, flushed, renamed, and the directory flushed.
+void write_index(const std::string& directory, const Index& index);
+
+/// Removes all but the `keep` newest checkpoints, oldest first, then all files that belong to none.
+/// Each checkpoint goes index first, so that what is left of it is no checkpoint.
+void remove_old(const std::string& directory, int keep);
+
+}  // namespace octet

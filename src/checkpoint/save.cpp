@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "checkpoint/save.hpp"
+
+#include <algorithm>
+#include <filesystem>
+#include <random>
+#include <set>
+
+#include "checkpoint/directory.hpp"
+#include "checkpoint/layout.hpp"
+#include "checkpoint/shown.hpp"
+#include "octet/checkpoint/xxh64.hpp"
+
+namespace octet {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+/// What is hashed and written at a time, small enough to stay in a cache between the two.
+constexpr std::size_t kWriteBytes = std::size_t{1} << 20;
+
+void check_options(const SaveOptions& options) {
+  require(options.keep >= 1, "SaveOptions::keep is ", options.keep, "; it must be at least 1");
+  std::set<std::string> names;
+  for (const ExtraState& extra : options.extras) {
+    require(!extra.name.empty(), "SaveOptions::extras: a buffer of ", extra.bytes,
+            " bytes has no name");
+    require(names.insert(extra.name).second, "SaveOptions::extras: two are named \"", extra.name,
+            "\"");
+    require(extra.data != nullptr || extra.bytes == 0, "SaveOptions::extras: \"", extra.name,
+            "\" has a null pointer");
+  }
+  try {
+    (void)json(options.metadata).dump();
+  } catch (const json::exception&) {
+    fail("SaveOptions::metadata is not valid UTF-8");
+  }
+}
+
+// Wide elements first: every tensor is aligned to its elements.
+void list_parts(Save& save) {
+  for (std::size_t p = 0; p < save.state.params.size(); ++p) {
+    const ParamState& param = save.state.params[p];
+    for (std::size_t a = 0; a < param.arrays.size(); ++a) {
+      for (const StateRange& range : param.arrays[a].owned) {
+        save.parts.push_back(
+            {.tensor = range_tensor(param, param.arrays[a], range.begin, range.count),
+             .data = range.data,
+             .param = static_cast<int>(p),
+             .array = static_cast<int>(a),
+             .begin = range.begin,
+             .count = range.count});
+      }
+    }
+  }
+  if (save.rank == 0) {
+    save.parts.push_back(
+        {.tensor = scales_tensor(save.state.scale_count), .data = save.state.scales});
+  }
+  for (std::size_t i = 0; i < save.options.extras.size(); ++i) {
+    const ExtraState& extra = save.options.extras[i];
+    save.parts.push_back({.tensor = extra_tensor(extra.name, extra.bytes),
+                          .data = extra.data,
+                          .extra = static_cast<int>(i)});
+  }
+  std::stable_sort(save.parts.begin(), save.parts.end(), [](const SavePart& a, const SavePart& b) {
+    return file_dtype_bits(a.tensor.dtype) > file_dtype_bits(b.tensor.dtype);
+  });
+}
+
+/// What must be the same on every rank.
+json common_of(const Save& save) {
+  json extras = json::array();
+  for (const ExtraState& extra : save.options.extras) extras.push_back({extra.name, extra.bytes});
+  return {{"step", save.step},
+          {"skipped", save.skipped},
+          {"SaveOptions::keep", save.options.keep},
+          {"SaveOptions::extras", std::move(extras)},
+          {"SaveOptions::metadata", save.options.metadata}};
+}
+
+void require_equal(const std::vector<json>& ranks) {
+  for (std::size_t r = 1; r < ranks.size(); ++r) {
+    for (const auto& field : ranks[0].items()) {
+      if (field.key() == "id") continue;
+      const json& other = ranks[r].at(field.key());
+      require(other == field.value(), "save_checkpoint: the ranks differ: ", field.key(), " is ",
+              field.value().dump(), " on rank 0 and ", other.dump(), " on rank ", r);
+    }
+  }
+}
+
+std::string random_id() {
+  std::random_device device;
+  return hex_of((std::uint64_t{device()} << 32) | device());
+}
+
+/// A run that went back would have the newest of two histories taken for its own.
+void check_directory(const std::string& directory, std::int64_t step) {
+  const std::vector<std::int64_t> steps = checkpoint_steps(directory);
+  require(steps.empty() || steps.back() <= step, directory, ": has a checkpoint of step ",
+          steps.empty() ? 0 : steps.back(), ", later than this of step ", step,
+          "; a run that goes back to an earlier step saves in a directory of its own");
+}
+
+json fragment_of(const Save& save) {
+  json parts = json::array();
+  for (const SavePart& part : save.parts) {
+    json one = json_of({save.rank, part.tensor.name, part.hash});
+    one["param"] = part.param;
+    one["array"] = part.array;
+    one["begin"] = part.begin;
+    one["count"] = part.count;
+    one["extra"] = part.extra;
+    parts.push_back(std::move(one));
+  }
+  return {{"bytes", save.file_bytes}, {"parts", std::move(parts)}};
+}
+
+void add_part(Index& index, const json& part) {
+  IndexTensor tensor{.file = part.at("file").get<int>(),
+                     .name = part.at("tensor").get<std::string>(),
+                     .hash = JsonField("", part).at("xxh64").hash()};
+  const int p = part.at("param").get<int>(), extra = part.at("extra").get<int>();
+  if (p >= 0) {
+    index.params[static_cast<std::size_t>(p)]
+        .arrays[part.at("array").get<std::size_t>()]
+        .ranges.push_back({std::move(tensor), part.at("begin").get<std::int64_t>(),
+                           part.at("count").get<std::int64_t>()});
+  } else if (extra >= 0) {
+    index.extras[static_cast<std::size_t>(extra)].ranks.push_back(std::move(tensor));
+  } else {
+    index.scales = std::move(tensor);
+  }
+}
+
+Index make_index(const Save& save, const std::vector<std::string>& fragments) {
+  Index index{.id = save.id,
+              .step = save.step,
+              .skipped = save.skipped,
+              .level = save.level,
+              .sharding = save.sharding,
+              .adamw = save.state.adamw,
+              .metadata = save.options.metadata};
+  for (const ParamState& param : save.state.params) {
+    IndexParam one{.name = param.name, .shape = {}, .hyper = param.hyper, .arrays = {}};
+    for (int i = 0; i < param.shape.rank(); ++i) one.shape.push_back(param.shape[i]);
+    for (const StateArray& array : param.arrays) {
+      one.arrays.push_back({std::string(array.name), std::string(array.format), {}});
+    }
+    index.params.push_back(std::move(one));
+  }
+  for (const ExtraState& extra : save.options.extras) {
+    index.extras.push_back({extra.name, extra.bytes, {}});
+  }
+  for (int rank = 0; rank < save.ranks; ++rank) {
+    const json fragment = json::parse(fragments[static_cast<std::size_t>(rank)]);
+    index.files.push_back({rank_file_name(save.step, save.id, rank, save.ranks),
+                           fragment.at("bytes").get<std::uint64_t>()});
+    for (const json& part : fragment.at("parts")) add_part(index, part);
+  }
+  for (IndexParam& param : index.params) {
+    for (IndexArray& array : param.arrays) {
+      std::sort(array.ranges.begin(), array.ranges.end(),
+                [](const IndexRange& a, const IndexRange& b) { return a.begin < b.begin; });
+    }
+  }
+  return index;
+}
+
+/// Every rank says that its file is on the disk; it must be on the one that rank 0 sees.
+void check_files(const std::string& directory, const Index& index) {
+  for (const IndexFile& file : index.files) {
+    const std::string path = path_in(directory, file.name);
+    std::error_code error;
+    const std::uint64_t bytes = fs::file_size(path, error);
+    require(!error && bytes == file.bytes, path, ": its rank wrote ", file.bytes,
+            " bytes, but rank 0 sees ", error ? error.message() : std::to_string(bytes),
+            "; all ranks must see one directory");
+  }
+}
+
+}  // namespace
+
+std::string Save::path() const { return path_in(directory, rank_file_name(step, id, rank, ranks)); }
+
+std::size_t Save::part_bytes() const {
+  std::size_t bytes = 0;
+  for (const SavePart& part : parts) bytes += part.tensor.bytes;
+  return bytes;
+}
+
+Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
+               const SaveOptions& options) {
+  check_options(options);
+  Save save{.directory = directory,
+            .level = std::string(name_of(engine.plan().level)),
+            .sharding = std::string(name_of(engine.plan().sharding)),
+            .options = options,
+            .state = engine.state(),
+            .rank = comm.rank(),
+            .ranks = comm.size()};
+  require(engine.plan().ranks == save.ranks, "save_checkpoint: the communicator has ", save.ranks,
+          " ranks, the engine ", engine.plan().ranks, "; it must be the engine's");
+  const auto scalars = read_sync<AdamwScalars>(save.state.ctx, save.state.scalars, 1).front();
+  save.step = scalars.step;
+  save.skipped = scalars.skipped;
+  std::error_code error;
+  fs::create_directories(directory, error);
+  require(!error, directory, " cannot be created: ", error.message());
+  if (save.rank == 0) check_directory(directory, save.step);
+
+  json mine = common_of(save);
+  mine["id"] = random_id();
+  std::vector<json> ranks;
+  for (const std::string& text : all_gather_text_sync(comm, mine.dump())) {
+    ranks.push_back(json::parse(text));
+  }
+  require_equal(ranks);
+  save.id = ranks[0].at("id").get<std::string>();
+  list_parts(save);
+  return save;
+}
+
+void write_rank_file(Save& save, const PartSource& source) {
+  std::vector<FileTensor> tensors;
+  for (const SavePart& part : save.parts) tensors.push_back(part.tensor);
+  SafetensorsWriter writer(save.path(), std::move(tensors),
+                           header_metadata(save.step, save.id, save.rank, save.ranks));
+  for (SavePart& part : save.parts) {
+    Xxh64 sum;
+    for (std::size_t at = 0; at < part.tensor.bytes; at += kWriteBytes) {
+      const std::size_t bytes = std::min<std::size_t>(kWriteBytes, part.tensor.bytes - at);
+      const void* data = source(part, at, bytes);
+      sum.add(data, bytes);
+      writer.write(data, bytes);
+    }
+    part.hash = sum.value();
+  }
+  save.file_bytes = writer.file_bytes();
+  writer.finish();
+}
+
+CheckpointInfo commit(Save& save, Communicator& comm, const std::string& problem) {
+  Index index;
+  try {
+    set_up_together_sync(comm, [&] {
+      require(problem.empty(), problem);
+      const auto fragments = all_gather_text_sync(comm, fragment_of(save).dump());
+      index = make_index(save, fragments);
+    });
+  } catch (const SetUpError&) {
+    // No rank has come to the index, so this file will never be part of a checkpoint.
+    std::error_code ignored;
+    fs::remove(save.path(), ignored);
+    throw;
+  }
+  set_up_together_sync(comm, [&] {
+    if (save.rank != 0) return;
+    parse_index(index_name(save.step), index_text(index));  // a reader's rules are the writer's
+    check_files(save.directory, index);
+    write_index(save.directory, index);
+    remove_old(save.directory, save.options.keep);
+  });
+  return info_of(save.directory, index);
+}
+
+}  // namespace octet

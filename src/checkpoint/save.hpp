@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// A save, step by step: open_save() on all ranks, write_rank_file() on each, commit() on all.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "octet/checkpoint/checkpoint.hpp"
+#include "octet/checkpoint/safetensors.hpp"
+#include "octet/engine/state.hpp"
+
+namespace octet {
+
+/// A tensor of this rank's file.
+struct SavePart {
+  FileTensor tensor = {};
+  const void* data = nullptr;  ///< device memory
+  int param = -1, array = -1;  ///< of the engine's state, with the range; else
+  std::int64_t begin = 0, count = 0;
+  int extra = -1;          ///< of the options; neither: the scales
+  std::uint64_t hash = 0;  ///< once it is written
+};
+
+struct Save {
+  std::string directory = {}, id = {}, level = {}, sharding = {};
+  SaveOptions options = {};
+  EngineState state;
+  int rank = 0, ranks = 1;
+  std::int64_t step = 0, skipped = 0;
+  std::vector<SavePart> parts = {};  ///< in the order of the file
+  std::uint64_t file_bytes = 0;      ///< once it is written
+
+  std::string path() const;
+  std::size_t part_bytes() const;  ///< of all parts
+};
+
+/// Checks options and state, and that all ranks agree; rank 0 chooses the id. Together.
+Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
+               const SaveOptions& options);
+
+/// Host memory with `bytes` bytes of a part from `offset` on, valid until the next call.
+using PartSource =
+    std::function<const void*(const SavePart& part, std::size_t offset, std::size_t bytes)>;
+
+/// Writes, flushes and renames this rank's file, and fills in the checksums.
+void write_rank_file(Save& save, const PartSource& source);
+
+/// Together, with what write_rank_file() failed with on this rank (empty: it did not). The index
+/// appears only when all files are there.
+CheckpointInfo commit(Save& save, Communicator& comm, const std::string& problem);
+
+}  // namespace octet

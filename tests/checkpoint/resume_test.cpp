@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs that are saved by N ranks and go on with M, beside runs that were never interrupted.
+#include <filesystem>
+#include <map>
+#include <string>
+
+#include "octet/checkpoint/safetensors.hpp"
+#include "support/catch.hpp"
+#include "support/checkpoint_run.hpp"
+#include "support/compare.hpp"
+#include "support/errors.hpp"
+#include "support/folder.hpp"
+
+namespace octet::test {
+namespace {
+
+constexpr int kSavedAt = 3, kEnd = 6;
+constexpr int kRanks[] = {1, 2, 3, 4, 5, 8};
+
+EngineConfig config_of(Level level, Sharding sharding, std::int64_t bucket_elements) {
+  return {.level = level,
+          .sharding = sharding,
+          .adamw = {.weight_decay = 0.1f, .seed = 5},
+          .bucket_elements = bucket_elements};
+}
+
+EngineConfig with_formats(EngineConfig config, const Formats& formats) {
+  config.formats = formats;
+  return config;
+}
+
+/// The run that goes on, beside one with the same ranks and configuration that never stopped.
+void check_resume(const std::string& directory, const EngineConfig& config, int ranks, bool common,
+                  DeviceType device = DeviceType::cpu) {
+  const LegResult first = run_leg(
+      {.config = config, .ranks = ranks, .end = kSavedAt, .common = common, .device = device});
+  const LegResult whole =
+      run_leg({.config = config, .ranks = ranks, .end = kEnd, .common = common, .device = device});
+  const LegResult resumed =
+      run_leg({.config = config,
+               .ranks = ranks,
+               .begin = kSavedAt,
+               .end = kEnd,
+               .common = common,
+               .device = device,
+               .before = [&](Engine& engine, Communicator& comm) {
+                 const CheckpointInfo info = load_checkpoint(engine, comm, directory);
+                 require(info.step == kSavedAt && info.skipped == 0, "wrong step ", info.step);
+               }});
+  for (std::size_t r = 0; r < static_cast<std::size_t>(ranks); ++r) {
+    INFO("rank " << r << " of " << ranks);
+    REQUIRE(first_difference(resumed.before[r], first.after[r]) == "");
+    REQUIRE(first_difference(resumed.after[r], whole.after[r]) == "");
+    REQUIRE(first_difference(resumed.after[r], resumed.before[r]) != "");
+  }
+}
+
+void save(const std::string& directory, const EngineConfig& config, int ranks, bool common,
+          DeviceType device = DeviceType::cpu) {
+  run_leg({.config = config,
+           .ranks = ranks,
+           .end = kSavedAt,
+           .common = common,
+           .device = device,
+           .after = [&](Engine& engine, Communicator& comm) {
+             save_checkpoint(engine, comm, directory);
+           }});
+}
+
+Formats matrix_formats(WeightFormat weight) {
+  Formats formats = formats_of(Level::O2);
+  formats.state.weight = weight;
+  return formats;
+}
+
+}  // namespace
+
+TEST_CASE("with as many ranks and gradients of their own a run goes on with its bits") {
+  for (DeviceType device : rank_devices()) {
+    for (int ranks : kRanks) {
+      for (Level level : {Level::O0, Level::O1, Level::O2, Level::O3}) {
+        const EngineConfig config = config_of(level, sharding_of(level), 20000);
+        INFO(name_of(level) << " on " << ranks << " ranks");
+        const Folder folder;
+        save(folder.file("run"), config, ranks, false, device);
+        check_resume(folder.file("run"), config, ranks, false, device);
+      }
+      const EngineConfig small = with_formats(
+          config_of(Level::O2, Sharding::optimizer, std::int64_t{1} << 20), small_formats());
+      INFO("small formats on " << ranks << " ranks");
+      const Folder folder;
+      save(folder.file("run"), small, ranks, false, device);
+      check_resume(folder.file("run"), small, ranks, false, device);
+    }
+  }
+}
+
+TEST_CASE("saved by N ranks, a run goes on with M, another sharding and other buckets") {
+  for (int saved_by : kRanks) {
+    for (int ranks : kRanks) {
+      // Each pair with another of the ways to cut, so that all meet.
+      const bool swap = (saved_by + ranks) % 2 == 0;
+      const Sharding from = swap ? Sharding::none : Sharding::optimizer;
+      const Sharding to = swap ? Sharding::optimizer : Sharding::none;
+      for (const Formats& formats : {formats_of(Level::O2), small_formats()}) {
+        INFO("saved by " << saved_by << ", loaded by " << ranks << ", m in "
+                         << name_of(formats.state.m));
+        const Folder folder;
+        save(folder.file("run"), with_formats(config_of(Level::O2, from, 20000), formats), saved_by,
+             true);
+        check_resume(folder.file("run"), with_formats(config_of(Level::O2, to, 1), formats), ranks,
+                     true);
+        check_resume(folder.file("run"), with_formats(config_of(Level::O2, from, 1 << 20), formats),
+                     ranks, true);
+      }
+    }
+  }
+}
+
+TEST_CASE("weights with scales of blocks and transposed copies go on too") {
+  for (DeviceType device : rank_devices()) {
+    for (WeightFormat weight : {WeightFormat::e4m3_and_transpose, WeightFormat::e4m3_row_block,
+                                WeightFormat::e4m3_tile, WeightFormat::e4m3_tile_and_transpose}) {
+      const EngineConfig config =
+          with_formats(config_of(Level::O2, Sharding::none, 20000), matrix_formats(weight));
+      for (const auto& [saved_by, ranks] : {std::pair{1, 3}, {3, 1}, {2, 2}, {5, 2}}) {
+        INFO(name_of(weight) << " saved by " << saved_by << ", loaded by " << ranks);
+        const Folder folder;
+        save(folder.file("run"), config, saved_by, true, device);
+        check_resume(folder.file("run"), config, ranks, true, device);
+      }
+    }
+  }
+}
+
+TEST_CASE("a transposed copy is no state: it may come and go") {
+  const auto config = [](WeightFormat weight, Sharding sharding) {
+    return with_formats(config_of(Level::O2, sharding, 20000), matrix_formats(weight));
+  };
+  for (const auto& [with, without] :
+       {std::pair{WeightFormat::e4m3_and_transpose, WeightFormat::e4m3},
+        {WeightFormat::e4m3_tile_and_transpose, WeightFormat::e4m3_tile}}) {
+    INFO(name_of(with));
+    const Folder folder;
+    save(folder.file("with"), config(with, Sharding::none), 2, true);
+    check_resume(folder.file("with"), config(without, Sharding::optimizer), 3, true);
+    save(folder.file("without"), config(without, Sharding::optimizer), 3, true);
+    check_resume(folder.file("without"), config(with, Sharding::none), 2, true);
+  }
+}
+
+TEST_CASE("all states have their format in the file, and no element is written twice") {
+  for (int ranks : {1, 3, 8}) {
+    for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+      const Folder folder;
+      const std::string directory = folder.file("run");
+      save(directory, with_formats(config_of(Level::O2, sharding, 20000), small_formats()), ranks,
+           true);
+      std::map<std::string, std::int64_t> elements;
+      std::uint64_t bytes = 0;
+      const CheckpointInfo info = read_checkpoint_info(directory);
+      CHECK(info.ranks == ranks);
+      for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+        if (entry.path().extension() != ".safetensors") continue;
+        const SafetensorsReader reader(entry.path().string());
+        for (const FileTensor& tensor : reader.tensors()) {
+          bytes += tensor.bytes;
+          if (tensor.name == "scales") continue;
+          std::string array = tensor.name.substr(tensor.name.find('.') + 1);
+          array = array.substr(0, array.find('.'));
+          const bool managed = tensor.name.starts_with("embedding") ||
+                               tensor.name.starts_with("odd") || tensor.name.starts_with("wide");
+          INFO(tensor.name);
+          CHECK(tensor.dtype == (!managed || array.ends_with("_blocks") ? "F32"
+                                 : array == "master"                    ? "I8"
+                                                                        : "F8_E4M3"));
+          if (managed) elements[array] += static_cast<std::int64_t>(numel_of(tensor));
+        }
+      }
+      const std::int64_t managed = 300 * 97 + 129 * 131 + 32 * 640;
+      for (const char* array : {"weight", "master", "m", "v"}) CHECK(elements[array] == managed);
+      // Bytes of a state: 4 and two scales per 128; the rest has 12.
+      std::int64_t blocks = 0, rest = 0;
+      for (const SavedParam& param : saved_params()) {
+        const bool is_managed = param.shape.rank() == 2 && param.shape.numel() >= 4096;
+        if (is_managed) blocks += (param.shape.numel() + 127) / 128;
+        if (!is_managed) rest += param.shape.numel();
+      }
+      CHECK(bytes == static_cast<std::uint64_t>(4 * managed + 8 * blocks + 12 * rest) +
+                         4 * 16 * saved_params().size());
+    }
+  }
+}
+
+}  // namespace octet::test
