@@ -2,7 +2,7 @@
 # Finds what the library is built with and says how its targets are compiled.
 # Leaves behind OCTET_HAS_CUDA, OCTET_HAS_NCCL, OCTET_HAS_MPI, OCTET_HAS_OPENMP and the functions
 #   octet_configure_library(target)   the library itself
-#   octet_configure_program(target)   tests, benchmarks and examples: links the library
+#   octet_configure_program(target)   tests, benchmarks, examples and tools: links the library
 #   octet_print_summary()
 
 set(OCTET_MINIMUM_CUDA 12.8)  # the first that knows every architecture of the default list
@@ -221,4 +221,5 @@ function(octet_print_summary)
   message(STATUS "  tests       ${OCTET_TESTS}")
   message(STATUS "  benchmarks  ${OCTET_BENCHMARKS}")
   message(STATUS "  examples    ${OCTET_EXAMPLES}")
+  message(STATUS "  tools       ${OCTET_TOOLS}")
 endfunction()

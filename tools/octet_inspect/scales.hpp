@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// The factors that decode an FP8 tensor of a file, which are another tensor of it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "octet/checkpoint/safetensors.hpp"
+
+namespace inspect {
+
+/// Factors of blocks of a matrix; of other tensors, everything is one row.
+struct Scales {
+  std::string name = {};  ///< of the tensor that they are
+  std::vector<float> values = {};
+  std::int64_t columns = 1;  ///< of the matrix
+  std::int64_t block_rows = 1, block_columns = 1;
+  std::int64_t row_stride = 0, column_stride = 0;  ///< from block to block, in `values`
+
+  /// The factor of element `i`, and how many elements from it on have the same.
+  struct Run {
+    double factor;
+    std::uint64_t elements;
+  };
+  Run run(std::uint64_t i) const;
+};
+
+/// Reads the factors of a tensor in F8_E4M3 or F8_E5M2, where the file has any:
+/// NAME_scale_inv or NAME_scale, with one factor, or one of every row, tile of 128 x 128 or 128 of
+/// a row; or those of an octet checkpoint's array, PARAMETER.ARRAY_blocks, with one of 128
+/// consecutive elements, and of weights one of tiles or of 128 of a row.
+/// Nothing where there are none, or in a shape that tells nothing.
+std::optional<Scales> read_scales(const octet::SafetensorsReader& file,
+                                  const octet::FileTensor& tensor);
+
+}  // namespace inspect
