@@ -196,6 +196,62 @@ TEST_CASE("Scales of the tensor, of rows, tiles and blocks, as files name them")
   CHECK(!entry_of(output, "z.weight").contains("scale"));
 }
 
+TEST_CASE("Factors of a checkpoint's arrays, by its index") {
+  const Folder folder;
+  const std::string first = folder.file("octet-00000007-1-rank-0.safetensors"),
+                    second = folder.file("octet-00000007-1-rank-1.safetensors");
+  const auto metadata = [](const char* rank, const char* id = "1") {
+    return std::map<std::string, std::string>{
+        {"format", "octet checkpoint"}, {"id", id}, {"step", "7"}, {"rank", rank}};
+  };
+  // [weight, master, m, v] of parameters a and b: scale_inv, scale, amax, padding.
+  std::vector<float> scales;
+  for (int i = 0; i < 8; ++i) {
+    for (float word : {std::ldexp(1.0f, -i), std::ldexp(1.0f, i), 0.0f, 0.0f})
+      scales.push_back(word);
+  }
+  const auto save_scales = [&](const char* id) {
+    save(second, {{"scales", "F32", {4, 2, 4}, raw(scales)}}, metadata("1", id));
+  };
+  save(first,
+       {{"b.weight", "F8_E4M3", {2}, {0x7E, 0x38}},
+        {"b.master.2", "F16", {1}, raw(std::vector<std::uint16_t>{0x3C00})},
+        {"a.m", "F8_E4M3", {1}, {0x38}},
+        {"a.v", "BF16", {1}, raw(std::vector<std::uint16_t>{0x3F80})}},
+       metadata("0"));
+  save_scales("1");
+  // "a.m" of another rank's file is another tensor.
+  const json content = json::parse(R"({
+    "id": "1",
+    "scales": {"file": 1, "tensor": "scales"},
+    "files": [{"name": "octet-00000007-1-rank-0.safetensors"},
+              {"name": "octet-00000007-1-rank-1.safetensors"}],
+    "params": [
+      {"name": "a", "arrays": [
+        {"name": "m", "format": "e4m3", "ranges": [{"file": 0, "tensor": "a.m"}]},
+        {"name": "v", "format": "bf16", "ranges": [{"file": 0, "tensor": "a.v"}]}]},
+      {"name": "b", "arrays": [
+        {"name": "weight", "format": "e4m3", "ranges": [{"file": 1, "tensor": "a.m"},
+                                                        {"file": 0, "tensor": "b.weight"}]},
+        {"name": "master", "format": "f16", "ranges": [{"file": 0, "tensor": "b.master.2"}]}]}]})");
+  std::ofstream(folder.file("octet-00000007.json")) << json{{"content", content}};
+  const json output = run_json(folder, first);
+  CHECK(entry_of(output, "b.weight")["scale"] == json{{"count", 1}, {"min", 0.5}, {"max", 0.5}});
+  CHECK(entry_of(output, "b.weight")["amax"] == 224.0);
+  CHECK(entry_of(output, "b.master.2")["amax"] == std::ldexp(1.0, -3));
+  CHECK(entry_of(output, "a.m")["amax"] == std::ldexp(1.0, -4));
+  CHECK(entry_of(output, "a.v")["amax"] == 1.0);
+  CHECK(!entry_of(output, "a.v").contains("scale"));
+
+  // Without what belongs to it the file is listed as it is stored.
+  save_scales("2");
+  CHECK(entry_of(run_json(folder, first), "b.weight")["amax"] == 448.0);
+  save_scales("1");
+  CHECK(entry_of(run_json(folder, first), "b.weight")["amax"] == 224.0);
+  std::ofstream(folder.file("octet-00000007.json")) << "{";
+  CHECK(!entry_of(run_json(folder, first), "b.weight").contains("scale"));
+}
+
 TEST_CASE("A tensor of several pieces") {
   const Folder folder;
   const std::string path = folder.file("a.safetensors");

@@ -43,7 +43,7 @@ int run(const std::vector<std::string>& paths, bool as_json) {
 int main(int argc, char** argv) {
   CLI::App app(
       "Lists the tensors of safetensors files with dtype, shape, the factors that decode FP8 "
-      "(NAME_scale_inv, NAME_scale, or those of blocks in octet's checkpoints), the largest "
+      "(NAME_scale_inv, NAME_scale, or what octet's checkpoints have), the largest "
       "magnitude so decoded, and the shares of zeros, of codes at FP8's maximum, of subnormal ones "
       "and of those that are not finite. Exit status 1 if a file is not sound, with the reason.",
       "octet_inspect");

@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdio>
 
+#include "checkpoint_factors.hpp"
+
 namespace inspect {
 namespace {
 
@@ -75,8 +77,9 @@ std::uint64_t bytes_of(const octet::SafetensorsReader& file) {
 
 std::vector<TensorReport> inspect(const octet::SafetensorsReader& file) {
   std::vector<TensorReport> list;
+  const std::map<std::string, float> factors = checkpoint_factors(file);
   for (const octet::FileTensor& tensor : file.tensors()) {
-    std::optional<Scales> scales = read_scales(file, tensor);
+    std::optional<Scales> scales = read_scales(file, tensor, factors);
     std::optional<Statistics> statistics = measure(file, tensor, scales);
     list.push_back({tensor, std::move(scales), statistics});
   }
@@ -118,8 +121,8 @@ nlohmann::ordered_json to_json(const octet::SafetensorsReader& file,
     if (report.scales && !report.scales->values.empty()) {
       const std::vector<float>& values = report.scales->values;
       const auto [low, high] = std::minmax_element(values.begin(), values.end());
-      entry["scale"] = {
-          {"tensor", report.scales->name}, {"count", values.size()}, {"min", *low}, {"max", *high}};
+      entry["scale"] = {{"count", values.size()}, {"min", *low}, {"max", *high}};
+      if (!report.scales->name.empty()) entry["scale"]["tensor"] = report.scales->name;
     }
     if (report.statistics) {
       const Statistics& s = *report.statistics;

@@ -25,8 +25,9 @@ std::vector<TensorReport> inspect(const octet::SafetensorsReader& file);
 std::string to_text(const octet::SafetensorsReader& file, const std::vector<TensorReport>& list);
 
 /// {"file", "bytes" of its data, "metadata", "tensors": [{"name", "dtype", "shape", "bytes"}, and
-/// where they are known "scale": {"tensor", "count", "min", "max"}, "amax", "share": {"zeros",
-/// "saturated" (of FP8), "subnormal", "non_finite"} of all elements].
+/// where they are known "scale": {"count", "min", "max", "tensor" that they are, but for one factor
+/// of a checkpoint}, "amax", "share": {"zeros", "saturated" (of FP8), "subnormal", "non_finite"} of
+/// all elements].
 nlohmann::ordered_json to_json(const octet::SafetensorsReader& file,
                                const std::vector<TensorReport>& list);
 

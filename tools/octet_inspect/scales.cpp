@@ -95,9 +95,14 @@ Scales::Run Scales::run(std::uint64_t i) const {
           static_cast<std::uint64_t>(end - column)};
 }
 
-std::optional<Scales> read_scales(const octet::SafetensorsReader& file, const FileTensor& tensor) {
-  if (tensor.dtype != "F8_E4M3" && tensor.dtype != "F8_E5M2") return std::nullopt;
+std::optional<Scales> read_scales(const octet::SafetensorsReader& file, const FileTensor& tensor,
+                                  const std::map<std::string, float>& factors) {
   if (tensor.bytes == 0) return std::nullopt;  // dimensions beside a 0 may be as large as they like
+  if (const auto factor = factors.find(tensor.name); factor != factors.end()) {
+    const auto elements = static_cast<std::int64_t>(numel_of(tensor));
+    return Scales{.values = {factor->second}, .columns = elements, .block_columns = elements};
+  }
+  if (tensor.dtype != "F8_E4M3" && tensor.dtype != "F8_E5M2") return std::nullopt;
   const std::string blocks = blocks_name(tensor.name);
   for (const std::string& name : {tensor.name + "_scale_inv", tensor.name + "_scale", blocks}) {
     const FileTensor* scale = file.find(name);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,7 +14,7 @@ namespace inspect {
 
 /// Factors of blocks of a matrix; of other tensors, everything is one row.
 struct Scales {
-  std::string name = {};  ///< of the tensor that they are
+  std::string name = {};  ///< of the tensor that they are; empty of a checkpoint's factor
   std::vector<float> values = {};
   std::int64_t columns = 1;  ///< of the matrix
   std::int64_t block_rows = 1, block_columns = 1;
@@ -30,9 +31,11 @@ struct Scales {
 /// Reads the factors of a tensor in F8_E4M3 or F8_E5M2, where the file has any:
 /// NAME_scale_inv or NAME_scale, with one factor, or one of every row, tile of 128 x 128 or 128 of
 /// a row; or those of an octet checkpoint's array, PARAMETER.ARRAY_blocks, with one of 128
-/// consecutive elements, and of weights one of tiles or of 128 of a row.
+/// consecutive elements, and of weights one of tiles or of 128 of a row. Else the factor that
+/// `factors` (of checkpoint_factors()) has for it, which F16 may have too.
 /// Nothing where there are none, or in a shape that tells nothing.
 std::optional<Scales> read_scales(const octet::SafetensorsReader& file,
-                                  const octet::FileTensor& tensor);
+                                  const octet::FileTensor& tensor,
+                                  const std::map<std::string, float>& factors);
 
 }  // namespace inspect
