@@ -73,15 +73,32 @@ void require_equal(const std::vector<std::string>& texts) {
 
 }  // namespace
 
+std::vector<float> Engine::Impl::visit_initial_values_sync(
+    const std::function<void(std::size_t, const TensorView&)>& visit) const {
+  std::int64_t largest = 0;
+  for (const Param& p : params) {
+    if (p.spec.fill) largest = std::max(largest, p.spec.shape.numel());
+  }
+  const Buffer scratch(ctx, static_cast<std::size_t>(largest) * sizeof(float));
+  const Buffer scales(ctx, params.size() * sizeof(TensorScale));
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    const ParamSpec& spec = params[i].spec;
+    TensorView values = spec.init;
+    if (spec.fill) {
+      values = {scratch.data(), DType::f32, spec.shape, ctx.device()};
+      if (spec.shape.numel() > 0) spec.fill(ctx, values);
+    }
+    measure_amax(ctx, values, scales.as<TensorScale>() + i);
+    visit(i, values);
+  }
+  return read_amax_sync(ctx, scales.as<const TensorScale>(), params.size());
+}
+
 void Engine::Impl::check_lists_agree() {
   std::vector<float> amax;
-  set_up_together_sync(comm, [&] {
-    const Buffer scales(ctx, params.size() * sizeof(TensorScale));
-    for (std::size_t i = 0; i < params.size(); ++i) {
-      measure_amax(ctx, params[i].spec.init, scales.as<TensorScale>() + i);
-    }
-    amax = read_amax_sync(ctx, scales.as<const TensorScale>(), params.size());
-  });
+  set_up_together_sync(
+      comm, [&] { amax = visit_initial_values_sync([](std::size_t, const TensorView&) {}); });
+  for (std::size_t i = 0; i < params.size(); ++i) params[i].initial_amax = amax[i];
   std::ostringstream list;
   list.precision(9);  // every float apart from every other
   list_configuration(list, plan, config, schedule(), comm.size());

@@ -18,6 +18,22 @@ Communicator& checked(Communicator& comm, const Context& ctx) {
   return comm;
 }
 
+void check_initial_values(const ParamSpec& spec, Device device) {
+  if (spec.fill) {
+    require(spec.init.empty(), "parameter \"", spec.name,
+            "\" has both init and fill; its initial values come from one of them");
+    return;
+  }
+  require(!spec.init.empty() || spec.shape.numel() == 0, "parameter \"", spec.name,
+          "\" has no initial values; give init or fill");
+  require(spec.init.shape == spec.shape, "parameter \"", spec.name, "\" has shape ", spec.shape,
+          " but its initial values have ", spec.init.shape);
+  require(!is_fp8(spec.init.dtype), "parameter \"", spec.name, "\" has initial values in ",
+          name_of(spec.init.dtype), "; allowed are f32, bf16, f16");
+  require(spec.init.device == device, "parameter \"", spec.name, "\" has initial values on ",
+          spec.init.device, "; the engine is on ", device);
+}
+
 }  // namespace
 
 Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& config)
@@ -68,14 +84,7 @@ ParamId Engine::add(const ParamSpec& spec) {
             "\" is registered already");
   }
   require(spec.shape.rank() > 0, "parameter \"", spec.name, "\" has no shape");
-  require(!spec.init.empty() || spec.shape.numel() == 0, "parameter \"", spec.name,
-          "\" has no initial values");
-  require(spec.init.shape == spec.shape, "parameter \"", spec.name, "\" has shape ", spec.shape,
-          " but its initial values have ", spec.init.shape);
-  require(!is_fp8(spec.init.dtype), "parameter \"", spec.name, "\" has initial values in ",
-          name_of(spec.init.dtype), "; allowed are f32, bf16, f16");
-  require(spec.init.device == e.ctx.device(), "parameter \"", spec.name,
-          "\" has initial values on ", spec.init.device, "; the engine is on ", e.ctx.device());
+  check_initial_values(spec, e.ctx.device());
   const AdamwHyper hyper = e.config.adamw.of(spec.group);
   check_hyper("parameter \"" + spec.name + "\"", hyper);
   Impl::Param param;

@@ -33,6 +33,7 @@ struct Engine::Impl {
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
     int gradients = 0;          ///< handed over since the last step
+    float initial_amax = 0.0f;  ///< of the values that the ranks compared
 
     /// Elements that this rank updates.
     std::int64_t owned() const {
@@ -66,6 +67,10 @@ struct Engine::Impl {
   void make_gathers();
   void add_weight_scales(std::vector<TensorView>& tensors, Owners& owners) const;
   void initialise();
+  /// Calls visit(parameter, its initial values) for all, one after the other; the values of those
+  /// with a fill are in scratch until the next. Waits, and returns the amax of each.
+  std::vector<float> visit_initial_values_sync(
+      const std::function<void(std::size_t, const TensorView&)>& visit) const;
   void describe();
   void describe_gradients();
   std::string describe_optimizer() const;

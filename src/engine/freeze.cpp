@@ -287,11 +287,20 @@ void Engine::Impl::add_weight_scales(std::vector<TensorView>& tensors, Owners& o
 }
 
 void Engine::Impl::initialise() {
+  const std::vector<float> amax =
+      visit_initial_values_sync([this](std::size_t i, const TensorView& values) {
+        adamw->initialise(static_cast<int>(i), values);
+      });
   for (std::size_t i = 0; i < params.size(); ++i) {
-    adamw->initialise(static_cast<int>(i), params[i].spec.init);
-    params[i].spec.init = {};
+    Param& p = params[i];
+    require(amax[i] == p.initial_amax, "parameter \"", p.spec.name,
+            "\": its initial values have changed between the comparison of the ranks, with the "
+            "largest ",
+            p.initial_amax, ", and the initialisation, with ", amax[i],
+            "; fill must make the same values both times");
+    p.spec.init = {};
+    p.spec.fill = {};
   }
-  ctx.synchronize();
 }
 
 // On CUDA some formats are much slower than others.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -71,6 +72,12 @@ struct ParamSpec {
   /// Initial values, f32, bf16 or f16, on the engine's device, the same on every rank (freeze()
   /// compares their amax); read by freeze(), so they must stay valid until then.
   TensorView init = {};
+  /// Instead of init, for models whose initial values do not fit beside their state: writes them
+  /// into `values`, f32 scratch of this shape, in the order of the context's stream. freeze() calls
+  /// it twice, for the comparison of the ranks and to initialise; both times it must make the same
+  /// values, the same on every rank (freeze() compares their amax, too). The scratch has the size
+  /// of the largest such parameter and is gone after freeze().
+  std::function<void(const Context& ctx, const TensorView& values)> fill = {};
   /// False keeps the parameter out of FP8 whatever its size.
   bool fp8 = true;
   /// Hyper-parameters that differ from the configuration's.
@@ -123,12 +130,13 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   /// Registers a parameter. Throws octet::Error for a duplicate or empty name, a missing or
-  /// mismatching init, an FP8-managed shape that is no matrix where the weight's format is one of
-  /// matrices, or after freeze().
+  /// mismatching init, both init and fill, an FP8-managed shape that is no matrix where the
+  /// weight's format is one of matrices, or after freeze().
   ParamId add(const ParamSpec& spec);
 
   /// Allocates, checks that all ranks registered the same list (throws on every rank, naming the
-  /// first difference) and builds the plan. Waits for the stream. When one rank cannot allocate
+  /// first difference) and builds the plan. Throws for a fill that makes other values the second
+  /// time. Waits for the stream. When one rank cannot allocate
   /// what it needs, every rank throws; the engine is then of no further use.
   void freeze();
 
