@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bytes of model state, memory and traffic for several GPT sizes, levels and rank counts: an engine
-// with random weights does one step with random gradients. The bytes are those that the allocator
-// gave out and the communicator sent; beside them stands what the plan said. Ranks are threads and
-// share the GPUs where there are fewer.
+// with random weights does steps with random gradients. The bytes are those that the allocator gave
+// out and the communicator sent; beside them stands what the plan said. Ranks are threads and share
+// the GPUs where there are fewer. A single size may be as large as the device's memory: initial
+// values are made one parameter after the other, and all gradients are one buffer.
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -23,7 +25,7 @@
 namespace {
 
 using octet::DeviceType;
-using octet::Level;
+using octet::DType;
 
 /// A GPT with tied head: embeddings, and per block two norms and the matrices of attention and MLP.
 struct GptSize {
@@ -58,27 +60,48 @@ std::vector<Parameter> parameters_of(const GptSize& size) {
 
 struct Case {
   GptSize size;
-  Level level;
+  octet::EngineConfig config;
   int ranks;
+  int steps;
 };
 
 /// What one rank measured and what its plan said.
 struct RankBytes {
   octet::Plan plan;
   std::uint64_t wire = 0;
-  std::uint64_t peak = 0;
+  std::uint64_t peak = 0;  ///< in steps
   bool stepped = false;
+  std::vector<double> ms = {};  ///< of every step
 };
 
-/// Values of about the size of weights and of gradients; only their number matters here.
-std::vector<float> random_values(std::int64_t count) {
-  std::vector<float> values(static_cast<std::size_t>(count));
+/// Random values that are made on the host; tensors hold copies of them, from starts of their own.
+constexpr std::int64_t kBlock = std::int64_t{1} << 20;
+
+/// Values of about the size of weights and of gradients.
+std::vector<float> random_block() {
+  std::vector<float> values(static_cast<std::size_t>(kBlock));
   std::uint32_t state = 1;
   for (float& value : values) {
     state = state * 1664525u + 1013904223u;
     value = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * 0.08f;
   }
   return values;
+}
+
+/// `values`, of the block's dtype, become the block over and over from its element `start` on.
+void repeat_block(const octet::Context& ctx, const octet::TensorView& block, std::int64_t start,
+                  const octet::TensorView& values) {
+  const auto bytes_of = [&](std::int64_t count) {
+    return static_cast<std::size_t>(count) * octet::size_of(block.dtype);
+  };
+  start %= kBlock;
+  for (std::int64_t done = 0; done < values.numel();) {
+    const std::int64_t count = std::min(kBlock - start, values.numel() - done);
+    octet::copy_bytes(ctx, values.as<char>() + bytes_of(done), block.as<char>() + bytes_of(start),
+                      bytes_of(count));
+    done += count;
+    start = 0;
+  }
 }
 
 octet::Context make_context(DeviceType device, int rank) {
@@ -91,28 +114,48 @@ RankBytes measure_rank(const Case& c, const octet::Context& ctx, octet::Communic
   const std::vector<Parameter> parameters = parameters_of(c.size);
   std::int64_t largest = 0;
   for (const Parameter& p : parameters) largest = std::max(largest, p.shape.numel());
-  // The trainer's own memory is in a context of its own, so that it is not counted. One buffer is
-  // every parameter's initial value and gradient.
-  const octet::Buffer values = octet::upload_sync<float>(trainer, random_values(largest));
-  const auto view = [&](const octet::Shape& shape) {
-    return octet::TensorView{values.data(), octet::DType::f32, shape, trainer.device()};
-  };
+  // The trainer's own memory is in a context of its own, so that it is not counted.
+  const octet::Buffer values = octet::upload_sync<float>(trainer, random_block());
+  const octet::TensorView block{values.data(), DType::f32, {kBlock}, trainer.device()};
+  const octet::Tensor narrow(trainer, DType::bf16, {kBlock});
+  octet::convert(trainer, {block, nullptr}, narrow);
+  const octet::Tensor gradient(trainer, DType::bf16, {largest});
+  repeat_block(trainer, narrow, 0, gradient);
+  trainer.synchronize();
 
-  octet::Engine engine(ctx, comm, {.level = c.level});
+  octet::Engine engine(ctx, comm, c.config);
   std::vector<octet::ParamId> ids;
   for (const Parameter& p : parameters) {
-    ids.push_back(engine.add({.name = p.name, .shape = p.shape, .init = view(p.shape)}));
+    const auto start = static_cast<std::int64_t>(ids.size()) * 64 * 10007;
+    ids.push_back(
+        engine.add({.name = p.name,
+                    .shape = p.shape,
+                    .fill = [block, start](const octet::Context& at, const octet::TensorView& to) {
+                      repeat_block(at, block, start, to);
+                    }}));
   }
   engine.freeze();
-  const std::uint64_t sent_before = comm.wire_bytes().payload;
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    engine.add_gradient(ids[i], view(parameters[i].shape));
+  octet::Context counted = ctx;
+  counted.reset_peak();
+  RankBytes result{.plan = engine.plan()};
+  for (int step = 1; step <= c.steps; ++step) {
+    const auto begin = std::chrono::steady_clock::now();
+    const std::uint64_t sent_before = comm.wire_bytes().payload;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      octet::TensorView view = gradient;
+      view.shape = parameters[i].shape;
+      engine.add_gradient(ids[i], view);
+    }
+    const octet::StepResult done = engine.step({.lr = 1e-4f, .max_norm = 1.0f});
+    ctx.synchronize();
+    const std::chrono::duration<double, std::milli> passed =
+        std::chrono::steady_clock::now() - begin;
+    result.ms.push_back(passed.count());
+    result.wire = comm.wire_bytes().payload - sent_before;
+    result.stepped = done.step.read_sync() == step;
   }
-  const octet::StepResult result = engine.step({.lr = 1e-4f, .max_norm = 1.0f});
-  return {.plan = engine.plan(),
-          .wire = comm.wire_bytes().payload - sent_before,
-          .peak = ctx.memory_use().peak,
-          .stepped = result.step.read_sync() == 1};
+  result.peak = ctx.memory_use().peak;
+  return result;
 }
 
 std::vector<RankBytes> measure(const Case& c, DeviceType device) {
@@ -155,15 +198,41 @@ struct Figure {
 struct Result {
   Case c;
   std::int64_t parameters = 0;
+  double target = 0.0;  ///< of the state bytes of an FP8-managed parameter
   Figure managed, all, wire;
   std::uint64_t peak = 0;
+  std::optional<double> ms = {};  ///< of a step, median of all but the first of the slowest rank
   /// Sum over ranks and kinds of memory of |measured - planned|.
   std::uint64_t off_plan = 0;
 };
 
+/// The most that the model state of an FP8-managed parameter may take on the device in the mean
+/// over the ranks: the bytes of the formats, and a tenth of a byte for scales.
+double state_target(const octet::Plan& plan, bool offloads_states) {
+  constexpr double kScales = 0.1;
+  const octet::StateFormats& f = plan.formats.state;
+  const auto bytes = [](auto format) { return static_cast<double>(octet::size_of(format)); };
+  const double optimizer = offloads_states ? 0.0 : bytes(f.master) + bytes(f.m) + bytes(f.v);
+  const double share = plan.sharding == octet::Sharding::none ? 1.0 : 1.0 / plan.ranks;
+  return bytes(octet::dtype_of(f.weight)) + bytes(plan.formats.gradient) + share * optimizer +
+         kScales;
+}
+
+std::optional<double> step_ms(std::vector<double> ms) {
+  if (ms.size() < 2) return std::nullopt;  // the first one loads kernels
+  std::sort(ms.begin() + 1, ms.end());
+  const std::size_t count = ms.size() - 1;
+  return (ms[1 + (count - 1) / 2] + ms[1 + count / 2]) / 2.0;
+}
+
 Result summarise(const Case& c, const std::vector<RankBytes>& ranks) {
   const octet::Plan& plan = ranks.front().plan;
-  Result result{.c = c, .parameters = plan.parameters, .managed = {}, .all = {}, .wire = {}};
+  Result result{.c = c,
+                .parameters = plan.parameters,
+                .target = state_target(plan, c.config.offload_states),
+                .managed = {},
+                .all = {},
+                .wire = {}};
   const auto distance = [](std::uint64_t a, std::uint64_t b) { return a > b ? a - b : b - a; };
   const double managed = static_cast<double>(plan.fp8_parameters) * c.ranks;
   const double all = static_cast<double>(plan.parameters) * c.ranks;
@@ -174,6 +243,8 @@ Result summarise(const Case& c, const std::vector<RankBytes>& ranks) {
     result.all.add(rank.plan.state_bytes(false, true), rank.plan.state_bytes(false, false), all);
     result.wire.add(rank.wire, rank.plan.wire_bytes_per_step, all);
     result.peak = std::max(result.peak, rank.peak);
+    const std::optional<double> ms = step_ms(rank.ms);
+    if (ms) result.ms = std::max(result.ms.value_or(0.0), *ms);
     for (const octet::MemoryRow& row : rank.plan.memory) {
       result.off_plan += distance(row.measured, row.predicted);
     }
@@ -182,20 +253,7 @@ Result summarise(const Case& c, const std::vector<RankBytes>& ranks) {
   return result;
 }
 
-/// The most that the model state of an FP8-managed parameter may take in the mean over the ranks:
-/// the bytes of the formats, and a tenth of a byte for scales.
-double state_target(const Case& c) {
-  constexpr double kScales = 0.1;
-  switch (c.level) {
-    case Level::O0: return 16.0 + kScales;
-    case Level::O1: return 12.0 + kScales;
-    case Level::O2: return 7.0 + kScales;
-    case Level::O3: break;
-  }
-  return 2.0 + 5.0 / c.ranks + kScales;
-}
-
-bool met(const Result& r) { return r.managed.measured <= state_target(r.c) && r.off_plan == 0; }
+bool met(const Result& r) { return r.managed.measured <= r.target && r.off_plan == 0; }
 
 std::string millions(std::int64_t count) {
   char text[32];
@@ -203,28 +261,41 @@ std::string millions(std::int64_t count) {
   return text;
 }
 
+/// The level and what was set apart from it.
+std::string name_of(const octet::EngineConfig& config) {
+  std::string name(octet::name_of(config.level));
+  if (config.formats) name += " with small formats";
+  if (config.sharding) name += ", sharding " + std::string(octet::name_of(*config.sharding));
+  if (config.reduced_gradient) {
+    name += ", means in " + std::string(octet::name_of(*config.reduced_gradient));
+  }
+  if (config.offload_states) name += ", states in host memory";
+  return name;
+}
+
 void print_header() {
   std::puts(
       "Bytes: measured / planned, in the mean over the ranks.\n\n"
       "| parameters | level | ranks | state bytes per FP8-managed parameter "
       "| state bytes per parameter | wire bytes per parameter and step | peak MB per rank "
-      "| as planned |\n|---|---|---|---|---|---|---|---|");
+      "| ms per step | as planned |\n|---|---|---|---|---|---|---|---|---|");
 }
 
 void print_row(const Result& r) {
-  const std::string level(octet::name_of(r.c.level));
-  std::printf("| %s | %s | %d | %.3f / %.3f | %.3f / %.3f | %.3f / %.3f | %.2f | %s |\n",
-              millions(r.parameters).c_str(), level.c_str(), r.c.ranks, r.managed.measured,
-              r.managed.planned, r.all.measured, r.all.planned, r.wire.measured, r.wire.planned,
-              static_cast<double>(r.peak) / 1e6, r.off_plan == 0 ? "yes" : "NO");
+  char ms[32] = "";
+  if (r.ms) std::snprintf(ms, sizeof ms, "%.2f", *r.ms);
+  std::printf("| %s | %s | %d | %.3f / %.3f | %.3f / %.3f | %.3f / %.3f | %.2f | %s | %s |\n",
+              millions(r.parameters).c_str(), name_of(r.c.config).c_str(), r.c.ranks,
+              r.managed.measured, r.managed.planned, r.all.measured, r.all.planned, r.wire.measured,
+              r.wire.planned, static_cast<double>(r.peak) / 1e6, ms,
+              r.off_plan == 0 ? "yes" : "NO");
   std::fflush(stdout);
 }
 
 nlohmann::ordered_json row_of(const Result& r, const char* metric, double value, const char* unit,
                               std::optional<double> target) {
   using Json = nlohmann::ordered_json;
-  const std::string name = "gpt " + millions(r.parameters) + ", " +
-                           std::string(octet::name_of(r.c.level)) + ", " +
+  const std::string name = "gpt " + millions(r.parameters) + ", " + name_of(r.c.config) + ", " +
                            std::to_string(r.c.ranks) + " ranks";
   return {{"case", name},
           {"metric", metric},
@@ -243,11 +314,12 @@ void write_json(const std::string& path, DeviceType device, const std::vector<Re
   for (const Result& r : results) {
     const char* each = "B/parameter";
     rows.push_back(
-        row_of(r, "state per FP8-managed parameter", r.managed.measured, each, state_target(r.c)));
+        row_of(r, "state per FP8-managed parameter", r.managed.measured, each, r.target));
     rows.push_back(row_of(r, "state per parameter", r.all.measured, each, {}));
     rows.push_back(row_of(r, "wire per parameter and step", r.wire.measured, each, {}));
     rows.push_back(row_of(r, "peak per rank", static_cast<double>(r.peak), "B", {}));
     rows.push_back(row_of(r, "off the plan", static_cast<double>(r.off_plan), "B", 0.0));
+    if (r.ms) rows.push_back(row_of(r, "step", *r.ms, "ms", {}));
   }
   const nlohmann::ordered_json document{
       {"benchmark", "memory_bench"},
@@ -267,6 +339,11 @@ struct Options {
   std::string device = "auto", json;
   std::vector<int> ranks{1, 2, 4};
   bool quick = false;
+  GptSize size{0, 0, 1024, 50304};  ///< a single one where layers and width are given
+  std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
+  std::string formats = "level", sharding, reduced_gradient;
+  bool offload = false;
+  int steps = 1;
 };
 
 DeviceType choose_device(const std::string& text) {
@@ -278,12 +355,33 @@ DeviceType choose_device(const std::string& text) {
   return text != "cpu" && available ? DeviceType::cuda : DeviceType::cpu;
 }
 
-std::vector<GptSize> sizes_for(DeviceType device, bool quick) {
-  if (quick) return {{2, 128, 64, 256}, {4, 256, 128, 256}};
+std::vector<GptSize> sizes_for(DeviceType device, const Options& options) {
+  const GptSize& one = options.size;
+  if (one.layers != 0 || one.width != 0) {
+    octet::require(one.layers > 0 && one.width > 0 && one.context > 0 && one.vocabulary > 0,
+                   "--layers ", one.layers, " --width ", one.width, " --context ", one.context,
+                   " --vocabulary ", one.vocabulary, ": all must be positive");
+    return {one};
+  }
+  if (options.quick) return {{2, 128, 64, 256}, {4, 256, 128, 256}};
   if (device == DeviceType::cpu) {
     return {{2, 128, 64, 256}, {4, 256, 128, 256}, {8, 512, 256, 256}, {6, 512, 512, 50304}};
   }
   return {{8, 512, 256, 256}, {12, 768, 1024, 50304}, {24, 1024, 1024, 50304}};
+}
+
+octet::EngineConfig config_of(const Options& options, const std::string& level) {
+  octet::EngineConfig config{.level = octet::parse_level(level)};
+  octet::require(options.formats == "level" || options.formats == "small", "--formats ",
+                 options.formats, ": must be level or small");
+  if (options.formats == "small") config.formats = octet::small_formats();
+  if (!options.sharding.empty()) config.sharding = octet::parse_sharding(options.sharding);
+  const std::string& mean = options.reduced_gradient;
+  octet::require(mean.empty() || mean == "f32" || mean == "e4m3", "--reduced-gradient ", mean,
+                 ": must be f32 or e4m3");
+  if (!mean.empty()) config.reduced_gradient = mean == "f32" ? DType::f32 : DType::e4m3;
+  config.offload_states = options.offload;
+  return config;
 }
 
 int run(const Options& options) {
@@ -291,12 +389,16 @@ int run(const Options& options) {
   for (int ranks : options.ranks) {
     octet::require(ranks >= 1, "--ranks ", ranks, ": must be at least 1");
   }
+  octet::require(options.steps >= 1, "--steps ", options.steps, ": must be at least 1");
+  std::vector<octet::EngineConfig> configs;
+  for (const std::string& level : options.levels) configs.push_back(config_of(options, level));
+  const std::vector<GptSize> sizes = sizes_for(device, options);
   std::vector<Result> results;
   print_header();
-  for (const GptSize& size : sizes_for(device, options.quick)) {
-    for (Level level : {Level::O0, Level::O1, Level::O2, Level::O3}) {
+  for (const GptSize& size : sizes) {
+    for (const octet::EngineConfig& config : configs) {
       for (int ranks : options.ranks) {
-        const Case c{size, level, ranks};
+        const Case c{size, config, ranks, options.steps};
         results.push_back(summarise(c, measure(c, device)));
         print_row(results.back());
       }
@@ -322,6 +424,20 @@ int main(int argc, char** argv) {
   app.add_option("--ranks", options.ranks, "Rank counts, separated by commas (default: 1,2,4)")
       ->delimiter(',');
   app.add_flag("--quick", options.quick, "Small sizes only: seconds");
+  app.add_option("--layers", options.size.layers, "With --width: one size instead of several");
+  app.add_option("--width", options.size.width, "Width of the model of --layers");
+  app.add_option("--context", options.size.context, "Positions of that model (default: 1024)");
+  app.add_option("--vocabulary", options.size.vocabulary, "Tokens of that model (default: 50304)");
+  app.add_option("--levels", options.levels, "Separated by commas (default: O0,O1,O2,O3)")
+      ->delimiter(',');
+  app.add_option("--formats", options.formats,
+                 "level, or small: block states and split master (default: level)");
+  app.add_option("--sharding", options.sharding,
+                 "As EngineConfig::sharding (default: the level's)");
+  app.add_option("--reduced-gradient", options.reduced_gradient,
+                 "Format of the means that the optimizer reads: f32 or e4m3");
+  app.add_flag("--offload", options.offload, "Keep m, v and master in host memory");
+  app.add_option("--steps", options.steps, "Of each case; with more than 1 they are timed");
   app.add_option("--json", options.json, "Write the results to this file");
   return bench::parse_and_run(app, argc, argv, [&] { return run(options); });
 }

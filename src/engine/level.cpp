@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "octet/engine/level.hpp"
 
+#include <string>
+
 #include "octet/core/error.hpp"
 
 namespace octet {
@@ -47,6 +49,15 @@ Level parse_level(std::string_view text) {
     if (text == name_of(level)) return level;
   }
   fail("unknown level \"", text, "\"; allowed are O0, O1, O2, O3");
+}
+
+Sharding parse_sharding(std::string_view text) {
+  std::string names;
+  for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+    if (text == name_of(sharding)) return sharding;
+    names += (names.empty() ? "" : ", ") + std::string(name_of(sharding));
+  }
+  fail("unknown sharding \"", text, "\"; allowed are ", names);
 }
 
 }  // namespace octet

@@ -288,6 +288,10 @@ TEST_CASE("configurations that cannot work are refused by field") {
   CHECK(missing(error_of([] { parse_level("O4"); }), {"O4", "O0", "O3"}) == "");
   CHECK(missing(error_of([] { parse_level(""); }), {"O0"}) == "");
   CHECK(parse_level("O1") == Level::O1);
+  CHECK(missing(error_of([] { parse_sharding("zero"); }), {"zero", "none", "optimizer"}) == "");
+  for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+    CHECK(parse_sharding(name_of(sharding)) == sharding);
+  }
 }
 
 TEST_CASE("a communicator of another device is refused") {

@@ -30,5 +30,7 @@ std::string_view name_of(Level level);
 std::string_view name_of(Sharding sharding);
 /// Throws octet::Error for anything but O0, O1, O2, O3.
 Level parse_level(std::string_view text);
+/// Throws octet::Error for anything but a name_of(Sharding).
+Sharding parse_sharding(std::string_view text);
 
 }  // namespace octet
