@@ -2,7 +2,8 @@
 // Time of an AdamW step on CUDA device 0 against the rate of a copy on the same device. The
 // parameters are those of a GPT of 1.3 B (97 tensors, random values and gradients); beside them
 // 4,000 tensors of 1,000 elements in a CUDA graph. Repetitions are enqueued one after the other
-// with an event between each two, so the host's latency is not in the times.
+// with an event between each two, so the host's latency is not in the times. Steps with states in
+// host memory are beside pinned copies in both directions at once.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -27,6 +28,8 @@ using octet::DType;
 using octet::Shape;
 
 constexpr double kTorchTarget = 2.4;  ///< its time over that of O2
+constexpr std::size_t kLinkBytes = std::size_t{1} << 30;
+const char* const kLinkMetric = "rate over that of pinned copies both ways";
 const char* const kReference = "O2";
 const char* const kFasterThanReference = "blocks and split";
 
@@ -82,6 +85,11 @@ std::vector<Case> all_cases() {
           {.name = "O0 contributions of 2",
            .formats = octet::formats_of(octet::Level::O0),
            .contributions = 2},
+          {.name = "O2, states in host memory", .formats = o2, .target = 0.90, .host_states = true},
+          {.name = "blocks and split, states in host memory",
+           .formats = octet::small_formats(),
+           .target = 0.90,
+           .host_states = true},
           // The general code.
           {.name = "O2 to nearest", .formats = o2, .config = {.stochastic_rounding = false}},
           {.name = "norm", .formats = o2, .work = Work::norm},
@@ -106,6 +114,37 @@ std::vector<Case> select_cases(const std::vector<std::string>& names) {
   return cases;
 }
 
+/// Times of pinned copies of kLinkBytes to the device and of as many from it, at once.
+std::vector<double> measure_link(const octet::Context& ctx, int repeats) {
+  const octet::Context host = ctx.with_allocator(octet::pinned_host_allocator(ctx.device()));
+  const octet::Buffer from(host, kLinkBytes), back(host, kLinkBytes);
+  const octet::Buffer to(ctx, kLinkBytes), out(ctx, kLinkBytes);
+  octet::zero_bytes(ctx, out.data(), kLinkBytes);
+  const Stream second;
+  octet::SideStream streams(ctx, octet::Context::cuda(0, second.get()));
+  return time_each(ctx, repeats, [&] {
+    streams.fork();
+    check(cudaMemcpyAsync(to.data(), from.data(), kLinkBytes, cudaMemcpyHostToDevice, ctx.stream()),
+          "cudaMemcpyAsync");
+    check(
+        cudaMemcpyAsync(back.data(), out.data(), kLinkBytes, cudaMemcpyDeviceToHost, second.get()),
+        "cudaMemcpyAsync");
+    streams.join();
+  });
+}
+
+Result link_result(const std::vector<double>& times) {
+  const Timing timing = timing_of(times);
+  return {.name = "pinned copies both ways",
+          .metric = "rate each way",
+          .unit = "GB/s",
+          .value = static_cast<double>(kLinkBytes) / (timing.median_ms * 1e6),
+          .target = {},
+          .median_ms = timing.median_ms,
+          .spread = timing.spread,
+          .bytes = 2 * kLinkBytes};
+}
+
 Timing measure_case(const octet::Context& ctx, const Case& c, const std::vector<Shape>& shapes,
                     int repeats) {
   Model model(ctx, c, shapes);
@@ -123,10 +162,12 @@ Timing measure_case(const octet::Context& ctx, const Case& c, const std::vector<
 }
 
 Result result_of(const Case& c, const Timing& timing, const std::vector<Shape>& shapes) {
-  const std::size_t bytes = bytes_moved(c, shapes);
+  const std::size_t bytes = c.host_states ? link_bytes(c, shapes) : bytes_moved(c, shapes);
   const bool replay = is_replay(c.work);
   return {.name = c.name,
-          .metric = replay ? "graph replay" : "rate over that of a copy",
+          .metric = replay          ? "graph replay"
+                    : c.host_states ? kLinkMetric
+                                    : "rate over that of a copy",
           .unit = replay ? "us" : "1",
           .target = c.target,
           .bound = replay ? Bound::at_most : Bound::at_least,
@@ -165,7 +206,14 @@ std::vector<Result> measure(const octet::Context& ctx, const Options& options,
                             const std::optional<TorchResult>& torch, const std::vector<Case>& cases,
                             const std::vector<Shape>& shapes,
                             const std::vector<Shape>& small_shapes) {
-  std::vector<double> copies = measure_copy(ctx, options.repeats);
+  std::vector<double> copies = measure_copy(ctx, options.repeats), link;
+  const bool has_link =
+      std::any_of(cases.begin(), cases.end(), [](const Case& c) { return c.host_states; });
+  const auto add_link = [&] {
+    if (!has_link) return;
+    for (double ms : measure_link(ctx, options.repeats)) link.push_back(ms);
+  };
+  add_link();
   std::vector<Result> results;
   std::optional<double> reference_ms;
   for (const Case& c : cases) {
@@ -181,12 +229,28 @@ std::vector<Result> measure(const octet::Context& ctx, const Options& options,
     results.push_back(ratio);
   }
   for (double ms : measure_copy(ctx, options.repeats)) copies.push_back(ms);
+  add_link();
   const Result copy = copy_result(copies);
   for (Result& r : results) {
     if (r.unit == "us") r.value = r.median_ms * 1e3;
     if (r.metric == "rate over that of a copy") r.value = r.rate() / copy.rate();
   }
   results.push_back(copy);
+  if (has_link) {
+    const Result both_ways = link_result(link);
+    std::vector<Result> each_way;
+    for (Result& r : results) {
+      if (r.metric != kLinkMetric) continue;
+      r.value = r.rate() / both_ways.rate();
+      each_way.push_back(r);
+      each_way.back().metric = "rate of the link each way";
+      each_way.back().unit = "GB/s";
+      each_way.back().value = r.rate() * 1e3 / 2.0;
+      each_way.back().target.reset();
+    }
+    results.insert(results.end(), each_way.begin(), each_way.end());
+    results.push_back(both_ways);
+  }
   if (torch && reference_ms) {
     results.push_back({.name = "torch fused AdamW FP32",
                        .metric = "time over that of octet O2",

@@ -108,6 +108,17 @@ std::size_t bytes_moved(const Case& c, const std::vector<Shape>& shapes) {
   return bytes;
 }
 
+std::size_t link_bytes(const Case& c, const std::vector<Shape>& shapes) {
+  const StateFormats& f = c.formats.state;
+  std::size_t bytes = 0;
+  for (const Shape& shape : shapes) {
+    for (StateFormat state : {f.m, f.v}) bytes += 2 * octet::state_bytes(state, shape.numel());
+    if (f.weight == WeightFormat::f32) continue;  // its own master, on the device
+    bytes += 2 * octet::state_bytes(f.master, shape.numel());
+  }
+  return bytes;
+}
+
 // Whole tensors, as in peers' memory.
 void Model::add_contributions(RandomValues& random, const Case& c, octet::AdamWParam& param,
                               std::size_t i, std::size_t count) {
@@ -179,7 +190,9 @@ Model::Model(const octet::Context& ctx, const Case& c, const std::vector<Shape>&
                         .tensor_count = count,
                         .nonfinite = flag_.as<std::uint32_t>()});
   }
-  optimizer_ = std::make_unique<octet::AdamW>(ctx, c.config, std::move(params));
+  std::optional<octet::Context> states;
+  if (c.host_states) states = ctx.with_allocator(octet::pinned_host_allocator(ctx.device()));
+  optimizer_ = std::make_unique<octet::AdamW>(ctx, c.config, std::move(params), states);
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     optimizer_->initialise(static_cast<int>(i), random.next(shapes[i]));
   }

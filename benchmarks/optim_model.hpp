@@ -36,7 +36,8 @@ struct Case {
   octet::AdamWConfig config = {};
   /// Ranks whose contributions, all in this device's memory, the step sums; 0: a stored gradient.
   int contributions = 0;
-  int weight_copies = 0;  ///< further places of the weight, in this device's memory
+  int weight_copies = 0;     ///< further places of the weight, in this device's memory
+  bool host_states = false;  ///< m, v and master in pinned host memory
 };
 
 /// Bytes that the work on tensors of these shapes moves, each once: gradient read (once more for
@@ -44,6 +45,10 @@ struct Case {
 /// the weight that is half of a split master read. Tables, scales of tensors and sums are not
 /// counted.
 std::size_t bytes_moved(const Case& c, const std::vector<octet::Shape>& shapes);
+
+/// Of these bytes what goes over the link to host memory and back: states and block scales, half of
+/// them each way.
+std::size_t link_bytes(const Case& c, const std::vector<octet::Shape>& shapes);
 
 class RandomValues;
 
