@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "checkpoint/directory.hpp"
-#include "checkpoint/host_memory.hpp"
+#include "checkpoint/host_buffer.hpp"
 #include "checkpoint/layout.hpp"
 #include "checkpoint/matches.hpp"
 #include "checkpoint/shown.hpp"
@@ -49,7 +49,7 @@ class Load {
   std::string directory_;
   const LoadOptions& options_;
   std::optional<EngineState> state_;
-  std::optional<HostMemory> piece_;  ///< on the way to a device
+  Buffer piece_;  ///< host memory, on the way to a device
   Index index_;
   std::vector<std::vector<Expected>> expected_;  ///< of every file
   std::map<int, SafetensorsReader> files_;
@@ -210,11 +210,11 @@ void Load::read_tensor(const IndexTensor& tensor, std::uint64_t offset, std::uin
   const FileTensor& from = reader.at(tensor.name);
   const Context& ctx = state_->ctx;
   if (ctx.device().type == DeviceType::cpu) return reader.read(from, offset, bytes, to);
-  if (!piece_.has_value()) piece_.emplace(ctx, kCopyBytes);
+  if (piece_.data() == nullptr) piece_ = host_buffer(ctx, kCopyBytes);
   for (std::uint64_t at = 0; at < bytes; at += kCopyBytes) {
     const std::uint64_t count = std::min<std::uint64_t>(kCopyBytes, bytes - at);
-    reader.read(from, offset + at, count, piece_->data());
-    copy_bytes(ctx, static_cast<std::byte*>(to) + at, piece_->data(), count);
+    reader.read(from, offset + at, count, piece_.data());
+    copy_bytes(ctx, static_cast<std::byte*>(to) + at, piece_.data(), count);
     ctx.synchronize();  // the piece is filled again
   }
 }

@@ -6,7 +6,7 @@
 #include <optional>
 #include <thread>
 
-#include "checkpoint/host_memory.hpp"
+#include "checkpoint/host_buffer.hpp"
 #include "checkpoint/save.hpp"
 #include "octet/checkpoint/checkpoint.hpp"
 
@@ -32,7 +32,7 @@ void write_from_device(Save& save) {
       return static_cast<const std::byte*>(part.data) + offset;
     });
   }
-  const HostMemory piece(ctx, kCopyBytes);
+  const Buffer piece = host_buffer(ctx, kCopyBytes);
   const SavePart* holds = nullptr;
   std::size_t from = 0, to = 0;
   write_rank_file(save, [&](const SavePart& part, std::size_t offset, std::size_t bytes) {
@@ -43,7 +43,7 @@ void write_from_device(Save& save) {
       read_bytes_sync(ctx, piece.data(), static_cast<const std::byte*>(part.data) + from,
                       to - from);
     }
-    return piece.data() + (offset - from);
+    return piece.as<std::byte>() + (offset - from);
   });
 }
 
@@ -55,11 +55,11 @@ struct CheckpointWriter::Impl {
   void take_snapshot() {
     const Context& ctx = save->state.ctx;
     const std::size_t bytes = save->part_bytes();
-    if (!snapshot.has_value() || snapshot->bytes() < bytes) {
-      snapshot.reset();  // not both at a time
-      snapshot.emplace(ctx, bytes);
+    if (snapshot.bytes() < bytes) {
+      snapshot = Buffer();  // not both at a time
+      snapshot = host_buffer(ctx, bytes);
     }
-    std::byte* next = snapshot->data();
+    auto* next = snapshot.as<std::byte>();
     for (SavePart& part : save->parts) {
       if (part.tensor.bytes > 0) copy_bytes(ctx, next, part.data, part.tensor.bytes);
       part.data = next;  // from here on
@@ -80,7 +80,7 @@ struct CheckpointWriter::Impl {
   Engine& engine;
   Communicator& comm;
   std::string directory;
-  std::optional<HostMemory> snapshot;
+  Buffer snapshot;           ///< host memory
   std::optional<Save> save;  ///< the one that was started and not finished
   std::string problem;       ///< what writing it failed with
   std::atomic<bool> writing{false};
