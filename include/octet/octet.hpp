@@ -4,8 +4,8 @@
 
 #include "octet/checkpoint/checkpoint.hpp"
 #include "octet/checkpoint/safetensors.hpp"
-#include "octet/checkpoint/xxh64.hpp"
 #include "octet/checkpoint/weights.hpp"
+#include "octet/checkpoint/xxh64.hpp"
 #include "octet/comm/block_mean_reducer.hpp"
 #include "octet/comm/bootstrap.hpp"
 #include "octet/comm/collectives.hpp"
