@@ -10,6 +10,9 @@
 namespace octet {
 namespace {
 
+// The update's kernel has 64 threads a block, which load both a word each.
+static_assert(sizeof(AdamwTensor) + sizeof(AdamwTensorStep) <= 64 * 4);
+
 void check(const AdamwArgs& args, const char* op) {
   require(args.tensor_count >= 0 && args.segment_count >= 0, op, ": ", args.tensor_count,
           " tensors and ", args.segment_count, " segments; counts must not be negative");

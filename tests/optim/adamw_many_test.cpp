@@ -196,6 +196,7 @@ TEST_CASE("one tensor of many whose bound is not finite skips the step of all") 
       AdamwModel& model = part.model();
       part.set_gradients(1);
       std::int64_t skipped = 0;
+      std::vector<std::int64_t> named(static_cast<std::size_t>(c.count));
       for (int i : c.bad) {
         INFO("tensor " << i << " of " << c.count << " on " << to_string(ctx.device()));
         const auto before = model.all_bytes();
@@ -206,6 +207,9 @@ TEST_CASE("one tensor of many whose bound is not finite skips the step of all") 
         write_one(ctx, scale, infinite);
         model.step(kRate);
         CHECK(model.scalars().skipped == ++skipped);
+        ++named[static_cast<std::size_t>(i)];
+        CHECK(read_sync<std::int64_t>(ctx, model.optimizer().nonfinite_counts(), named.size()) ==
+              named);
         CHECK(first_difference(model.all_bytes(), before) == "");
         write_one(ctx, scale, usual);
         model.step(kRate);
