@@ -172,6 +172,17 @@ void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path pa
   }
 }
 
+// Of every tensor what a peer's part of this rank's pieces takes in a block of staging.
+std::vector<std::size_t> staged_bytes(const std::vector<ReduceTensor>& tensors,
+                                      const std::vector<Piece>& own) {
+  std::vector<std::size_t> bytes(tensors.size(), 0);
+  for (const Piece& piece : own) {
+    bytes[index(piece.tensor)] += bytes_of(piece, tensors[index(piece.tensor)].gradient.dtype);
+  }
+  for (std::size_t& each : bytes) each = aligned(each);
+  return bytes;
+}
+
 std::int64_t packs_of(const Piece& piece, DType dtype) {
   return static_cast<std::int64_t>(aligned(bytes_of(piece, dtype)) / kStagingAlignment);
 }
@@ -203,7 +214,7 @@ void check_in_window(const Window& window, const std::vector<ReduceTensor>& tens
 
 MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
                          TensorScale* scales, const Owners& owners, int bucket,
-                         const Window* window)
+                         const Window* window, void* staging)
     : comm_(comm), path_(path), name_{name_of(path), bucket}, window_(window), scales_(scales) {
   const Context& ctx = comm.context();
   const auto rank = static_cast<std::size_t>(comm.rank());
@@ -237,7 +248,7 @@ MeanReducer::MeanReducer(Communicator& comm, Path path, const std::vector<Reduce
     plan_window(tensors, runs);
     return;
   }
-  plan_staging(tensors, runs[rank]);
+  plan_staging(tensors, runs[rank], staging);
   if (path != Path::contributions) plan_pieces(tensors, runs[rank]);
   plan_parts(tensors, runs);
 }
@@ -304,19 +315,30 @@ void MeanReducer::run_window(std::uint32_t* nonfinite) {
 
 // A block of staging holds one peer's part of this rank's shards, one after the other.
 void MeanReducer::plan_staging(const std::vector<ReduceTensor>& tensors,
-                               const std::vector<Piece>& own) {
-  std::vector<std::size_t> bytes(tensors.size(), 0);
-  for (const Piece& piece : own) bytes[index(piece.tensor)] += bytes_of(piece, args_.dtype);
+                               const std::vector<Piece>& own, void* staging) {
+  const std::vector<std::size_t> bytes = staged_bytes(tensors, own);
   std::size_t stride = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     staged_.push_back(static_cast<std::int64_t>(stride));
-    stride += aligned(bytes[i]);
+    stride += bytes[i];
   }
-  if (args_.ranks > 1) {
+  if (args_.ranks > 1 && staging == nullptr) {
     staging_ = Buffer(comm_.context(), stride * static_cast<std::size_t>(args_.ranks));
   }
-  args_.staging = staging_.data();
+  args_.staging = staging != nullptr ? staging : staging_.data();
   args_.stride = static_cast<std::int64_t>(stride);
+}
+
+std::size_t MeanReducer::staging_bytes(const Communicator& comm,
+                                       const std::vector<ReduceTensor>& tensors,
+                                       const Owners& owners) {
+  check_owners("MeanReducer", owners, comm.size(), numels_of(gradients_of(tensors)));
+  if (comm.size() == 1) return 0;
+  std::size_t stride = 0;
+  for (std::size_t bytes : staged_bytes(tensors, owners[static_cast<std::size_t>(comm.rank())])) {
+    stride += bytes;
+  }
+  return stride * static_cast<std::size_t>(comm.size());
 }
 
 // Where this rank's pieces lie: its own contribution, the peers' in staging, and the mean.
@@ -354,7 +376,7 @@ void MeanReducer::plan_parts(const std::vector<ReduceTensor>& tensors, const Own
     for (const Piece& piece : owners[static_cast<std::size_t>(args_.rank)]) {
       const std::size_t bytes = bytes_of(piece, args_.dtype);
       std::int64_t& at = staged[index(piece.tensor)];
-      recvs_.push_back({staging_.as<char>() + peer * args_.stride + at, bytes, peer});
+      recvs_.push_back({staged_of(peer) + at, bytes, peer});
       at += static_cast<std::int64_t>(bytes);
     }
   }
@@ -421,7 +443,7 @@ std::vector<RankGradients> MeanReducer::contributions() const {
         const auto* data = static_cast<const char*>(gradients_[i]);
         from.ranks.push_back({window_->on_rank(r, data), false, true});
       } else {
-        from.ranks.push_back({staging_.as<char>() + r * args_.stride + staged_[i], true});
+        from.ranks.push_back({staged_of(r) + staged_[i], true});
       }
     }
     result.push_back(std::move(from));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "octet/comm/gradient_reducer.hpp"
 
+#include <algorithm>
 #include <exception>
 
 namespace octet {
@@ -21,12 +22,37 @@ GradientReducer::GradientReducer(const Context& ctx, Communicator& comm, MeanRed
           "contributions");
   register_params(buckets);
   zero_scale_ = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
+  add_buckets(comm, path, buckets, window);
+}
+
+void GradientReducer::add_buckets(Communicator& comm, MeanReducer::Path path,
+                                  const std::vector<GradientBucket>& buckets,
+                                  const Window* window) {
+  // One bucket is reduced after the other, so they can share staging; contributions are to stay.
+  if (schedule_ != Schedule::fused && window == nullptr) {
+    std::size_t largest = 0;
+    for (const GradientBucket& bucket : buckets) {
+      largest = std::max(largest, MeanReducer::staging_bytes(comm, bucket.tensors, bucket.owners));
+    }
+    staging_ = Buffer(comm.context(), largest);
+  }
   for (const GradientBucket& bucket : buckets) {
-    const int size = static_cast<int>(bucket.params.size());
     const int number = static_cast<int>(buckets_.size());
-    buckets_.push_back({std::make_unique<MeanReducer>(comm, path, bucket.tensors, bucket.scales,
-                                                      bucket.owners, number, window),
-                        size, size});
+    require(bucket.after < number, "GradientReducer: bucket ", number, " is after bucket ",
+            bucket.after, "; that must be an earlier one");
+    require(bucket.after < 0 || schedule_ != Schedule::fused, "GradientReducer: bucket ", number,
+            " is after bucket ", bucket.after,
+            " and the schedule is fused, for which all gradients stay");
+    Bucket b;
+    b.mean = std::make_unique<MeanReducer>(comm, path, bucket.tensors, bucket.scales, bucket.owners,
+                                           number, window, staging_.data());
+    b.params = bucket.params;
+    b.missing = static_cast<int>(bucket.params.size());
+    b.after = bucket.after;
+    buckets_.push_back(std::move(b));
+    if (bucket.after < 0) continue;
+    std::unique_ptr<Event>& done = buckets_[static_cast<std::size_t>(bucket.after)].done;
+    if (done == nullptr) done = std::make_unique<Event>(comm.context());
   }
 }
 
@@ -61,48 +87,91 @@ GradientReducer::~GradientReducer() {
   }
 }
 
-void GradientReducer::ready(int param) {
+const GradientReducer::Gradient& GradientReducer::gradient(int param, const char* call) const {
   require(param >= 0 && static_cast<std::size_t>(param) < gradients_.size(),
-          "GradientReducer::ready: there is no parameter ", param, "; they are 0 to ",
+          "GradientReducer::", call, ": there is no parameter ", param, "; they are 0 to ",
           static_cast<std::int64_t>(gradients_.size()) - 1);
+  return gradients_[static_cast<std::size_t>(param)];
+}
+
+bool GradientReducer::is_open(int param) const {
+  return gradient(param, "is_open").bucket >= next_;
+}
+
+void GradientReducer::open(int param) {
+  const std::size_t b = gradient(param, "open").bucket;
+  require(b >= next_, "GradientReducer::open: bucket ", b, " of parameter ", param,
+          " has been launched already; finish() comes first");
+  close(static_cast<std::size_t>(buckets_[b].after + 1));
+  open_bucket(b);
+}
+
+// Who had the memory before has been launched.
+void GradientReducer::open_bucket(std::size_t b) {
+  Bucket& bucket = buckets_[b];
+  if (bucket.after < 0 || bucket.is_open) return;
+  buckets_[static_cast<std::size_t>(bucket.after)].done->make_wait(ctx_);
+  bucket.is_open = true;
+}
+
+void GradientReducer::ready(int param) {
+  const std::size_t b = gradient(param, "ready").bucket;
   Gradient& gradient = gradients_[static_cast<std::size_t>(param)];
   require(!gradient.ready, "GradientReducer::ready: parameter ", param,
           " is ready already; finish() comes first");
+  require(b >= next_, "GradientReducer::ready: bucket ", b, " of parameter ", param,
+          " has been launched already; finish() comes first");
   gradient.ready = true;
-  Bucket& bucket = buckets_[gradient.bucket];
-  if (--bucket.missing == 0 && schedule_ == Schedule::overlap) launch_ready();
+  if (--buckets_[b].missing == 0 && schedule_ == Schedule::overlap) launch_ready();
 }
 
-void GradientReducer::launch_ready() {
-  if (next_ == buckets_.size() || buckets_[next_].missing > 0) return;
+void GradientReducer::launch(std::size_t end) {
+  if (next_ >= end) return;
   streams_.fork();
-  while (next_ < buckets_.size() && buckets_[next_].missing == 0) {
-    buckets_[next_++].mean->run(nonfinite_);
+  for (; next_ < end; ++next_) {
+    const Bucket& bucket = buckets_[next_];
+    bucket.mean->run(nonfinite_);
+    if (bucket.done != nullptr) bucket.done->record();
   }
 }
 
-// Their bucket cannot have been launched, so nobody reads them yet.
-void GradientReducer::zero_missing() {
-  for (Gradient& gradient : gradients_) {
-    if (!gradient.ready) {
-      if (!gradient.view.empty()) zero_bytes(ctx_, gradient.view.data, gradient.view.bytes());
-      copy_bytes(ctx_, gradient.scale, zero_scale_.data(), sizeof(TensorScale));
-      --buckets_[gradient.bucket].missing;
-    }
-    gradient.ready = false;
+void GradientReducer::launch_ready() {
+  std::size_t end = next_;
+  while (end < buckets_.size() && buckets_[end].missing == 0) ++end;
+  launch(end);
+}
+
+// Zeros may have to go where a bucket before them was.
+void GradientReducer::close(std::size_t end) {
+  while (next_ < end) {
+    std::size_t stop = next_;
+    while (stop < end && buckets_[stop].after < static_cast<int>(next_)) zero_missing(stop++);
+    launch(stop);
+  }
+}
+
+// The bucket has not been launched, so nobody reads them yet.
+void GradientReducer::zero_missing(std::size_t b) {
+  Bucket& bucket = buckets_[b];
+  if (bucket.missing == 0) return;
+  open_bucket(b);
+  for (int param : bucket.params) {
+    const Gradient& gradient = gradients_[static_cast<std::size_t>(param)];
+    if (gradient.ready) continue;
+    if (!gradient.view.empty()) zero_bytes(ctx_, gradient.view.data, gradient.view.bytes());
+    copy_bytes(ctx_, gradient.scale, zero_scale_.data(), sizeof(TensorScale));
   }
 }
 
 void GradientReducer::finish() {
-  zero_missing();
-  launch_ready();
+  close(buckets_.size());
   end_pass();
 }
 
 void GradientReducer::collect() {
   require(schedule_ == Schedule::fused, "GradientReducer::collect: the schedule is ",
           name_of(schedule_), "; it must be fused");
-  zero_missing();
+  for (std::size_t b = 0; b < buckets_.size(); ++b) zero_missing(b);
   if (!buckets_.empty()) streams_.fork();
   while (next_ < buckets_.size()) buckets_[next_++].mean->collect(nonfinite_);
   end_pass();
@@ -111,7 +180,11 @@ void GradientReducer::collect() {
 void GradientReducer::end_pass() {
   if (next_ > 0) streams_.join();
   next_ = 0;
-  for (Bucket& bucket : buckets_) bucket.missing = bucket.size;
+  for (Gradient& gradient : gradients_) gradient.ready = false;
+  for (Bucket& bucket : buckets_) {
+    bucket.missing = static_cast<int>(bucket.params.size());
+    bucket.is_open = false;
+  }
 }
 
 std::vector<RankGradients> GradientReducer::contributions() const {
@@ -129,7 +202,7 @@ std::uint64_t GradientReducer::payload_bytes() const {
 }
 
 std::size_t GradientReducer::buffer_bytes() const {
-  std::size_t bytes = zero_scale_.bytes();
+  std::size_t bytes = zero_scale_.bytes() + staging_.bytes();
   for (const Bucket& bucket : buckets_) bytes += bucket.mean->buffer_bytes();
   return bytes;
 }

@@ -51,7 +51,8 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   impl_->plan.level = config.level;
   impl_->plan.sharding = config.sharding.value_or(sharding_of(config.level));
   impl_->plan.formats = config.formats.value_or(formats_of(config.level));
-  require(config.schedule != Schedule::fused || impl_->sharded(),
+  require(config.schedule != Schedule::fused ||
+              (impl_->sharded() && impl_->plan.sharding == Sharding::optimizer),
           "Engine: schedule is fused and sharding is ", name_of(impl_->plan.sharding), " over ",
           comm.size(), comm.size() == 1 ? " rank" : " ranks",
           "; fused needs sharding = optimizer over more than one rank");

@@ -26,14 +26,15 @@ struct Engine::Impl {
     Formats formats;
     Tensor weight;
     Tensor weight_transposed;  ///< [columns, rows], for formats that have it
-    Tensor gradient;           ///< this rank's, whole, before and (two_shot) after the reduction
-    Tensor accumulator;        ///< of micro-batches, where they are not summed in `gradient`
+    Tensor gradient;     ///< this rank's, whole: its own memory or, of sharded ones, part of a slot
+    Tensor accumulator;  ///< of micro-batches, where they are not summed in `gradient`
     float* weight_blocks = nullptr;  ///< in a window: the scales of the weight's tiles
     Tensor shard;  ///< sharded, where it is kept apart: the mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
     int gradients = 0;          ///< handed over since the last step
     float initial_amax = 0.0f;  ///< of the values that the ranks compared
+    std::size_t bucket = 0;     ///< that reduces them
 
     /// Elements that this rank updates.
     std::int64_t owned() const {
@@ -47,6 +48,14 @@ struct Engine::Impl {
   struct Bucket {
     std::vector<int> params;
     Owners owners;
+    int group = -1;  ///< of sharded gradients
+    int after = -1;  ///< the last bucket that had its slot before
+  };
+  /// Where the gradients of a group lie in its slot.
+  struct SlotLayout {
+    std::vector<std::size_t> offsets;  ///< of every parameter, bytes
+    std::size_t bytes = 0;             ///< of a slot: the largest group
+    int count = 0;
   };
 
   Impl(const Context& context, Communicator& communicator, const EngineConfig& c)
@@ -57,9 +66,12 @@ struct Engine::Impl {
   void check_lists_agree();
   void build();
   void make_buckets();
+  std::vector<std::vector<int>> runs_of(std::optional<bool> managed) const;
+  void cut_buckets();
   void make_window();
   std::vector<std::size_t> window_parts() const;
   void allocate_parameters();
+  void allocate_slots();
   void allocate_accumulators();
   void allocate_reducer();
   void allocate_optimizer();
@@ -77,6 +89,7 @@ struct Engine::Impl {
   std::string describe_schedule() const;
   std::string describe_reduction() const;
   std::string describe_means() const;
+  std::string describe_slots() const;
 
   /// Memory of the window, which make_window() has counted; aligned for vectors.
   void* take_from_window(std::size_t bytes);
@@ -84,7 +97,8 @@ struct Engine::Impl {
   std::vector<WeightCopy> weight_copies(const Param& p) const;
   std::string describe_memory() const;
 
-  bool sharded() const { return plan.sharding == Sharding::optimizer && comm.size() > 1; }
+  bool sharded() const { return plan.sharding != Sharding::none && comm.size() > 1; }
+  bool shards_gradients() const { return sharded() && plan.sharding >= Sharding::gradients; }
   /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
   bool fused() const { return sharded() && schedule() == Schedule::fused; }
   bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }
@@ -94,7 +108,8 @@ struct Engine::Impl {
   }
   /// Whether this rank's gradient takes the mean of the owned pieces in. Nobody else reads these.
   bool reduces_in_place(const Param& p) const {
-    return keeps_shards() && reduced(p.formats.gradient) == p.formats.gradient;
+    return keeps_shards() && !shards_gradients() &&
+           reduced(p.formats.gradient) == p.formats.gradient;
   }
   void check_reduced_gradient() const;
   Param& param(ParamId id, const char* call);
@@ -106,7 +121,14 @@ struct Engine::Impl {
   /// What the micro-batches of gradients stored so are summed in.
   DType accumulator_of(DType gradient) const;
   void check_accumulator() const;
-  void store_gradient(Param& p, const TensorView& gradient);
+  int group_count() const;
+  SlotLayout slot_layout() const;
+  /// Throws octet::Error when the group of the parameter has been reduced.
+  void require_open(int i) const;
+  void open_gradient(int i);
+  void store_sums_of(const Bucket& bucket);
+  /// Stores it in `to`, with the parameter's scale.
+  void store_gradient(Param& p, const TensorView& gradient, const TensorView& to);
   /// Adds the gradient of a micro-batch to those before.
   void accumulate_gradient(Param& p, const TensorView& gradient);
   /// Makes the sum of micro-batches the gradient that is reduced.
@@ -145,7 +167,8 @@ struct Engine::Impl {
   std::size_t window_taken = 0;  ///< bytes of the parts
   /// The non-finite flag, kept as the amax of a TensorScale so that it is shared like one.
   Buffer flag, gathered_flags;
-  Buffer gradient_scales;  ///< in the order of the buckets
+  Buffer gradient_scales;              ///< in the order of the buckets
+  std::vector<Buffer> gradient_slots;  ///< where there is no window
   std::unique_ptr<GradientReducer> reducer;
   std::unique_ptr<AdamW> adamw;
   std::unique_ptr<PieceGather> weight_gather;

@@ -26,33 +26,6 @@ void Engine::Impl::build() try {
   fail("Engine::freeze: ", error.what());
 }
 
-// One dtype per bucket, in reverse order of registration, which is about the order in which a
-// backward pass produces the gradients.
-void Engine::Impl::make_buckets() {
-  std::vector<Shape> shapes;
-  for (const Param& p : params) shapes.push_back(p.spec.shape);
-  ShardPlan shards(comm.size());
-  for (const bool managed : {true, false}) {
-    std::int64_t elements = config.bucket_elements;  // full: the first parameter opens a bucket
-    for (int i = static_cast<int>(params.size()) - 1; i >= 0; --i) {
-      const Param& p = params[static_cast<std::size_t>(i)];
-      if (p.managed != managed) continue;
-      if (elements >= config.bucket_elements) {
-        buckets.emplace_back();
-        elements = 0;
-      }
-      buckets.back().params.push_back(i);
-      elements += p.spec.shape.numel();
-    }
-  }
-  for (Bucket& bucket : buckets) {
-    bucket.owners = shards.cut(shapes, bucket.params);
-    for (const Piece& piece : bucket.owners[static_cast<std::size_t>(comm.rank())]) {
-      params[static_cast<std::size_t>(piece.tensor)].pieces.push_back(piece);
-    }
-  }
-}
-
 void Engine::Impl::allocate_parameters() {
   flag = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
   gathered_flags =
@@ -69,6 +42,7 @@ void Engine::Impl::allocate_parameters() {
   for (const Bucket& bucket : buckets) {
     for (int i : bucket.params) params[static_cast<std::size_t>(i)].gradient_scale = scales++;
   }
+  if (shards_gradients()) allocate_slots();
   for (Param& p : params) {
     const Shape& shape = p.spec.shape;
     const std::uint64_t numel = static_cast<std::uint64_t>(shape.numel());
@@ -90,7 +64,9 @@ void Engine::Impl::allocate_parameters() {
     if (is_transposed(p.formats.state.weight)) {
       allocate("transposed weight", p.weight_transposed, DType::e4m3, {shape[1], shape[0]});
     }
-    allocate("gradient", p.gradient, p.formats.gradient, shape, window != nullptr);
+    if (!shards_gradients()) {
+      allocate("gradient", p.gradient, p.formats.gradient, shape, window != nullptr);
+    }
   }
   if (config.micro_batches > 1) allocate_accumulators();
 }
@@ -98,7 +74,7 @@ void Engine::Impl::allocate_parameters() {
 void Engine::Impl::allocate_accumulators() {
   for (Param& p : params) {
     const DType dtype = accumulator_of(p.formats.gradient);
-    if (dtype == p.formats.gradient) continue;  // summed where it is
+    if (dtype == p.formats.gradient && !shards_gradients()) continue;  // summed where it is
     const std::size_t before = ctx.memory_use().current;
     p.accumulator = Tensor(ctx, dtype, p.spec.shape);
     plan.count("gradient accumulator", p.managed, false, p.accumulator.view().bytes(),
@@ -111,7 +87,8 @@ void Engine::Impl::allocate_reducer() {
     if (!keeps_shards() || reduces_in_place(p)) continue;
     const std::size_t before = ctx.memory_use().current;
     p.shard = Tensor(ctx, reduced(p.formats.gradient), Shape{p.owned()});
-    plan.count("reduced gradient shard", p.managed, false, p.shard.view().bytes(),
+    // The gradient that there is, or beside one that there is anyway.
+    plan.count("reduced gradient shard", p.managed, shards_gradients(), p.shard.view().bytes(),
                ctx.memory_use().current - before);
   }
   std::vector<GradientBucket> list;
@@ -126,6 +103,7 @@ void Engine::Impl::allocate_reducer() {
           {p.gradient.view(), reduces_in_place(p) ? p.gradient.view() : p.shard.view()});
     }
     b.owners = bucket.owners;
+    b.after = bucket.after;
     for (std::vector<Piece>& pieces : b.owners) {
       for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
     }
@@ -337,6 +315,12 @@ std::string Engine::Impl::describe_schedule() const {
                  "a CPU has no second stream"
                : "overlap: reduced during backward on the communicator's own stream";
   }
+  if (shards_gradients()) {
+    return std::string(
+               "during backward when a gradient slot is wanted again, the rest after it, ") +
+           (streams.is_apart() ? "as configured"
+                               : "one stream, because the communicator shares the engine's stream");
+  }
   return streams.is_apart()
              ? "after backward, as configured"
              : "after backward, one stream, because the communicator shares the engine's stream";
@@ -347,7 +331,7 @@ std::string Engine::Impl::describe_means() const {
   if (dtype != gradient) return "FP32 means straight into the owner's AdamW";
   return std::string(name_of(dtype)) + " means, " +
          (dtype == DType::f32 ? "" : "rounded once with a common scale, ") +
-         "where the owner's gradient was";
+         (shards_gradients() ? "into the owner's shard" : "where the owner's gradient was");
 }
 
 std::string Engine::Impl::describe_reduction() const {
@@ -374,12 +358,14 @@ void Engine::Impl::describe_gradients() {
     return;
   }
   const DType gradient = plan.formats.gradient, sum = accumulator_of(gradient);
+  const std::string where = shards_gradients() ? " accumulators" : " where they are";
   std::ostringstream text;
   text << config.micro_batches << ", FP8-managed gradients summed in " << name_of(sum)
        << (sum != gradient      ? " accumulators and cast once"
-           : sum == DType::e4m3 ? " where they are, cast anew with every sum"
-                                : " where they are")
-       << ", others in f32 where they are";
+           : sum == DType::e4m3 ? where + ", cast anew with every sum"
+                                : where)
+       << ", others in f32" << where;
+  if (shards_gradients()) text << "; accumulators are whole on every rank";
   plan.accumulation = text.str();
 }
 
@@ -390,6 +376,7 @@ void Engine::Impl::describe() {
   plan.ranks = comm.size();
   plan.transport = comm.name();
   if (comm.size() > 1) plan.notes.push_back(describe_memory());
+  if (shards_gradients()) plan.notes.push_back(describe_slots());
   plan.buckets = static_cast<int>(buckets.size());
   for (const Param& p : params) {
     plan.parameters += p.spec.shape.numel();
@@ -401,7 +388,7 @@ void Engine::Impl::describe() {
       plan.notes.push_back(
           "no window, though EngineConfig::windows is true: one rank has no peers");
     }
-    if (plan.sharding == Sharding::optimizer) {
+    if (plan.sharding != Sharding::none) {
       plan.notes.push_back("one rank holds the whole optimizer: sharding has nothing to cut");
     }
   } else if (sharded()) {

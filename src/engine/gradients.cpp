@@ -24,25 +24,24 @@ void Engine::add_gradient(ParamId id, const TensorView& gradient) {
           expected,
           ", and one per parameter and micro-batch is allowed (sum the uses of a shared "
           "parameter first)");
+  e.require_open(id.index);
   e.comm.check();
-  if (expected == 1) {
-    e.store_gradient(p, gradient);
-  } else {
-    e.accumulate_gradient(p, gradient);
-  }
-  if (++p.gradients < expected) return;
+  const bool is_last = p.gradients + 1 == expected;
+  if (expected > 1) e.accumulate_gradient(p, gradient);
+  if (is_last) e.open_gradient(id.index);
+  if (expected == 1) e.store_gradient(p, gradient, p.gradient);
+  ++p.gradients;
+  if (!is_last) return;
   e.store_sum(p);
   e.reducer->ready(id.index);
 }
 
-void Engine::Impl::store_gradient(Param& p, const TensorView& gradient) {
+void Engine::Impl::store_gradient(Param& p, const TensorView& gradient, const TensorView& to) {
   if (is_fp8(p.formats.gradient)) {
-    quantize(
-        ctx,
-        {.in = gradient, .out = {p.gradient.view(), p.gradient_scale}, .nonfinite = nonfinite()});
+    quantize(ctx, {.in = gradient, .out = {to, p.gradient_scale}, .nonfinite = nonfinite()});
     return;
   }
-  convert(ctx, {gradient, nullptr}, p.gradient.view());
+  convert(ctx, {gradient, nullptr}, to);
   measure_amax(ctx, gradient, p.gradient_scale);
 }
 
@@ -51,7 +50,7 @@ void Engine::Impl::accumulate_gradient(Param& p, const TensorView& gradient) {
   const bool apart = !p.accumulator.view().empty();
   const TensorView& sum = apart ? p.accumulator.view() : p.gradient.view();
   if (is_fp8(sum.dtype)) {
-    if (is_first) return store_gradient(p, gradient);
+    if (is_first) return store_gradient(p, gradient, sum);
     return accumulate(ctx,
                       {.in = gradient, .sum = {sum, p.gradient_scale}, .nonfinite = nonfinite()});
   }
@@ -61,19 +60,15 @@ void Engine::Impl::accumulate_gradient(Param& p, const TensorView& gradient) {
 
 void Engine::Impl::store_sum(Param& p) {
   if (config.micro_batches == 1) return;
-  if (!p.accumulator.view().empty()) return store_gradient(p, p.accumulator);
+  const TensorView& sum = p.accumulator;
+  if (is_fp8(sum.dtype)) return copy_bytes(ctx, p.gradient.view().data, sum.data, sum.bytes());
+  if (!sum.empty()) return store_gradient(p, sum, p.gradient);
   if (!is_fp8(p.formats.gradient)) measure_amax(ctx, p.gradient, p.gradient_scale);
 }
 
 void Engine::Impl::finish_gradients(bool sums_contributions) {
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    Param& p = params[i];
-    if (p.gradients > 0 && p.gradients < config.micro_batches) {
-      store_sum(p);
-      reducer->ready(static_cast<int>(i));
-    }
-    p.gradients = 0;
-  }
+  for (const Bucket& bucket : buckets) store_sums_of(bucket);
+  for (Param& p : params) p.gradients = 0;
   sums_contributions ? reducer->collect() : reducer->finish();
 }
 

@@ -41,7 +41,8 @@ std::string_view name_of(Level level) {
 }
 
 std::string_view name_of(Sharding sharding) {
-  return sharding == Sharding::none ? "none" : "optimizer";
+  constexpr std::string_view kNames[] = {"none", "optimizer", "gradients"};
+  return kNames[static_cast<int>(sharding)];
 }
 
 Level parse_level(std::string_view text) {

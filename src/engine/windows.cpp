@@ -32,10 +32,14 @@ Engine::Impl::~Impl() {
 // One after the other, as they are taken.
 std::vector<std::size_t> Engine::Impl::window_parts() const {
   std::vector<std::size_t> parts = {params.size() * sizeof(TensorScale)};
+  if (shards_gradients()) {
+    const SlotLayout layout = slot_layout();
+    parts.insert(parts.end(), static_cast<std::size_t>(layout.count), layout.bytes);
+  }
   for (const Param& p : params) {
     const auto numel = static_cast<std::size_t>(p.spec.shape.numel());
     const WeightFormat weight = p.formats.state.weight;
-    parts.push_back(numel * size_of(p.formats.gradient));
+    if (!shards_gradients()) parts.push_back(numel * size_of(p.formats.gradient));
     if (!sharded()) continue;
     parts.push_back(numel * size_of(dtype_of(weight)));
     if (has_block_scales(weight)) parts.push_back(weight_scale_bytes(weight, p.spec.shape));

@@ -364,4 +364,64 @@ TEST_CASE("an empty reducer finishes, and what does not fit is refused by name")
                 {"fused", "two_shot"}) == "");
 }
 
+TEST_CASE("buckets that share memory: the one before is launched, its missing gradients are zero") {
+  const Context ctx = Context::cpu();
+  const auto comm = make_single(ctx);
+  const auto index = [](int i) { return static_cast<std::size_t>(i); };
+  // Three buckets of two parameters each; the first and the last lie in the same memory.
+  const Tensor first(ctx, DType::e4m3, {2, 4}), second(ctx, DType::e4m3, {2, 4});
+  const Buffer scales = upload(ctx, std::vector<TensorScale>(6));
+  const Buffer flag = upload(ctx, std::vector<std::uint32_t>{0});
+  std::vector<Tensor> shards;
+  std::vector<GradientBucket> buckets;
+  for (int b = 0; b < 3; ++b) {
+    GradientBucket bucket{.params = {2 * b, 2 * b + 1},
+                          .scales = scales.as<TensorScale>() + 2 * b,
+                          .owners = {{{0, 0, 4}, {1, 0, 4}}},
+                          .after = b == 2 ? 0 : -1};
+    for (int t = 0; t < 2; ++t) {
+      shards.emplace_back(ctx, DType::f32, Shape{4});
+      auto* data = (b == 1 ? second : first).as<std::uint8_t>() + 4 * t;
+      bucket.tensors.push_back({{data, DType::e4m3, {4}, ctx.device()}, shards.back().view()});
+    }
+    buckets.push_back(bucket);
+  }
+  const auto make = [&](Schedule schedule) {
+    return std::make_unique<GradientReducer>(ctx, *comm, Path::sharded, buckets,
+                                             flag.as<std::uint32_t>(), schedule);
+  };
+  for (Schedule schedule : {Schedule::after_backward, Schedule::overlap}) {
+    const auto reducer = make(schedule);
+    const auto put = [&](int param, float value) {
+      reducer->open(param);
+      const Contribution c = contribute(DType::e4m3, std::vector<float>(4, value));
+      write(ctx, buckets[index(param / 2)].tensors[index(param % 2)].gradient.data, c.bytes);
+      write_one(ctx, scales.as<TensorScale>() + param, c.scale);
+      reducer->ready(param);
+    };
+    for (bool complete : {false, true, false}) {
+      CAPTURE(name_of(schedule), complete);
+      put(0, 2.0f);
+      if (complete) put(1, 3.0f);
+      CHECK(reducer->launched() == (complete && schedule == Schedule::overlap ? 1 : 0));
+      put(4, 5.0f);
+      CHECK(reducer->launched() == 1);
+      CHECK_FALSE(reducer->is_open(1));
+      CHECK(reducer->is_open(2));
+      CHECK(missing(error_of([&] { reducer->open(1); }), {"bucket 0", "parameter 1"}) == "");
+      CHECK(missing(error_of([&] { reducer->ready(1); }), {"ready", "parameter 1"}) == "");
+      put(3, 7.0f);
+      reducer->finish();
+      const float expected[] = {2.0f, complete ? 3.0f : 0.0f, 0.0f, 7.0f, 5.0f, 0.0f};
+      for (int param = 0; param < 6; ++param) {
+        CAPTURE(param);
+        CHECK(download<float>(ctx, shards[index(param)].as<float>(), 4)[3] == expected[param]);
+      }
+    }
+  }
+  CHECK(missing(error_of([&] { make(Schedule::fused); }), {"bucket 2", "fused"}) == "");
+  buckets[1].after = 1;
+  CHECK(missing(error_of([&] { make(Schedule::overlap); }), {"bucket 1", "earlier"}) == "");
+}
+
 }  // namespace octet::test

@@ -44,10 +44,10 @@ std::vector<RankMemory> measure(const EngineConfig& config, int ranks, float max
     result.held = ctx.memory_use().current - before;
     ctx.reset_peak();
     for (int step = 0; step < 2; ++step) {
-      for (std::size_t i = 0; i < kShapes.size(); ++i) {
+      const std::uint64_t sent = comm.wire_bytes().payload;
+      for (std::size_t i = kShapes.size(); i-- > 0;) {
         engine.add_gradient({static_cast<int>(i)}, values[i]);
       }
-      const std::uint64_t sent = comm.wire_bytes().payload;
       engine.step({.lr = 1e-3f, .max_norm = max_norm});
       result.payload = comm.wire_bytes().payload - sent;
     }
@@ -305,10 +305,49 @@ TEST_CASE("O3 holds 2 + 5/N bytes on average and no rank more than one panel per
   }
 }
 
+TEST_CASE("sharded gradients: 1 + 6/N bytes with E4M3 shards, 1 + 9/N with FP32, and two slots") {
+  for (int ranks : {2, 3, 4}) {
+    for (bool windows : {false, true}) {
+      for (DType reduced : {DType::e4m3, DType::f32}) {
+        for (std::int64_t bucket : {std::int64_t{1}, std::int64_t{32} << 20}) {
+          const auto results = measure({.level = Level::O2,
+                                        .sharding = Sharding::gradients,
+                                        .reduced_gradient = reduced,
+                                        .bucket_elements = bucket,
+                                        .windows = windows},
+                                       ranks);
+          INFO(ranks << " ranks, windows " << windows << ", " << name_of(reduced) << ", buckets of "
+                     << bucket);
+          double mean = 0;
+          for (const RankMemory& rank : results) {
+            std::uint64_t sum = 0;
+            for (const MemoryRow& r : rank.plan.memory) {
+              INFO(r.what << (r.fp8_managed ? ", FP8-managed" : ", other"));
+              CHECK(r.predicted == r.measured);
+              sum += r.measured;
+            }
+            CHECK(rank.held - sum < 1024);
+            CHECK(rank.grown_in_steps == 0);
+            CHECK(rank.payload == rank.plan.wire_bytes_per_step);
+            for (bool managed : {false, true}) CHECK(row(rank.plan, "gradient", managed) == 0);
+            // A parameter each, or all in one.
+            const std::uint64_t slots = bucket == 1 ? 2 * 64000 : 64000 + 41216 + 8192 + 8192;
+            CHECK(row(rank.plan, "gradient slots", true) == slots);
+            mean += per_parameter(rank.plan) / ranks;
+          }
+          const double share = 1 + (reduced == DType::e4m3 ? 6.0 : 9.0) / ranks;
+          CHECK(mean >= share);
+          CHECK(mean <= 1.01 * share);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("wire bytes are what the plan says and what the paths cost") {
   const double vector_bytes = 2000 * 4;
   for (Level level : kLevels) {
-    for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+    for (Sharding sharding : {Sharding::none, Sharding::optimizer, Sharding::gradients}) {
       for (int ranks : {1, 2, 3, 8, 64}) {
         if (ranks == 64 && level != Level::O3) continue;  // the time of 64 threads
         const auto results = measure({.level = level, .sharding = sharding}, ranks);

@@ -45,9 +45,16 @@ class MeanReducer {
   /// With a window, which holds gradients and scales at the same offsets on every rank, one kernel
   /// reads and writes the memory of all ranks; without, the bytes travel by send and receive. The
   /// bits are the same. The window must outlive the reducer.
+  /// `staging` is memory of the communicator's context for peers' contributions, staging_bytes() of
+  /// it; reducers of one communicator may share it, but for those whose contributions() are read.
+  /// Null: memory of its own.
   MeanReducer(Communicator& comm, Path path, const std::vector<ReduceTensor>& tensors,
               TensorScale* scales, const Owners& owners, int bucket = -1,
-              const Window* window = nullptr);
+              const Window* window = nullptr, void* staging = nullptr);
+
+  /// What the contributions of all ranks to this rank's pieces take without a window.
+  static std::size_t staging_bytes(const Communicator& comm,
+                                   const std::vector<ReduceTensor>& tensors, const Owners& owners);
 
   /// Enqueues the collective on the communicator's stream. Raises *nonfinite (a device word) when
   /// any rank's amax is not finite. Deterministic: same bits for every transport, bucket size and
@@ -73,9 +80,14 @@ class MeanReducer {
 
  private:
   std::uint64_t payload_of(const Owners& owners) const;
+  /// A peer's block of staging.
+  char* staged_of(int peer) const {
+    return static_cast<char*>(const_cast<void*>(args_.staging)) + peer * args_.stride;
+  }
   void plan_parts(const std::vector<ReduceTensor>& tensors, const Owners& owners);
   bool share_scales(std::uint32_t* nonfinite);
-  void plan_staging(const std::vector<ReduceTensor>& tensors, const std::vector<Piece>& own);
+  void plan_staging(const std::vector<ReduceTensor>& tensors, const std::vector<Piece>& own,
+                    void* staging);
   void plan_pieces(const std::vector<ReduceTensor>& tensors, const std::vector<Piece>& own);
   void plan_window(const std::vector<ReduceTensor>& tensors, const Owners& owners);
   void run_window(std::uint32_t* nonfinite);

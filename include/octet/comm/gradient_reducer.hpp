@@ -27,6 +27,9 @@ struct GradientBucket {
   std::vector<ReduceTensor> tensors = {};
   TensorScale* scales = nullptr;  ///< of the tensors, as MeanReducer takes them
   Owners owners = {};             ///< pieces count tensors from 0 in every bucket
+  /// Number of an earlier bucket whose gradients lie where this one's do, none of which may be
+  /// written before that one is reduced. -1: none.
+  int after = -1;
 };
 
 /// Reduces the gradients of a backward pass over all ranks, bucket by bucket. With
@@ -35,6 +38,8 @@ struct GradientBucket {
 /// become ready in different orders, or not at all, still meet in the same collectives. It runs on
 /// the communicator's stream, behind the gradients and beside what the backward pass enqueues after
 /// them. With Schedule::fused collect() brings contributions() together, and there are no means.
+/// Gradients of several buckets may share memory (GradientBucket::after): open() comes before such
+/// a gradient is written, and launches the buckets that have to be gone by then, whatever schedule.
 /// Between the first ready() and finish() or collect() the communicator belongs to the reducer. One
 /// thread at a time. The host never waits for the device, nothing is allocated, and a step can be
 /// captured in a CUDA graph, its end included. Bits do not depend on schedule, buckets or order of
@@ -48,7 +53,8 @@ class GradientReducer {
   /// MeanReducer.
   /// `nonfinite` is a device word as for MeanReducer::run(); both streams may raise it.
   /// Throws octet::Error for parameters that are missing or named twice, for Schedule::fused with
-  /// the path two_shot, and for what MeanReducer refuses.
+  /// the path two_shot or with shared memory, for a bucket that is after a later one, and for what
+  /// MeanReducer refuses.
   GradientReducer(const Context& ctx, Communicator& comm, MeanReducer::Path path,
                   const std::vector<GradientBucket>& buckets, std::uint32_t* nonfinite,
                   Schedule schedule, const Window* window = nullptr);
@@ -57,9 +63,17 @@ class GradientReducer {
   GradientReducer(const GradientReducer&) = delete;
   GradientReducer& operator=(const GradientReducer&) = delete;
 
+  /// The memory of a parameter's gradient may be written, in the order of the first stream, until
+  /// ready(). Launches all buckets up to the one that had the memory before; of these, parameters
+  /// that are not ready count as zero gradient. Needed in buckets that share memory only. Throws
+  /// octet::Error when the parameter's own bucket has been launched.
+  void open(int param);
+  /// Whether the parameter's bucket has not been launched since the last finish().
+  bool is_open(int param) const;
   /// The gradient of a parameter and its scale are there, in the order of the first stream; nobody
-  /// touches them before finish(). Throws octet::Error for a number that no bucket has, or when
-  /// called twice for one parameter before finish().
+  /// touches them before finish() or an open() that says so. Throws octet::Error for a number that
+  /// no bucket has, when called twice for one parameter before finish(), and when its bucket has
+  /// been launched.
   void ready(int param);
   /// Ends the backward pass: parameters that are not ready count as zero gradient, what is left is
   /// launched, and the first stream waits for all of it. Throws octet::Error for the path
@@ -82,8 +96,11 @@ class GradientReducer {
  private:
   struct Bucket {
     std::unique_ptr<MeanReducer> mean;
+    std::vector<int> params;
     int missing = 0;  ///< gradients that are not ready
-    int size = 0;
+    int after = -1;
+    bool is_open = false;         ///< the memory is its own, where it shares it
+    std::unique_ptr<Event> done;  ///< of one that others are after
   };
   struct Gradient {
     std::size_t bucket = 0, tensor = 0;  ///< tensor: in the bucket
@@ -93,8 +110,14 @@ class GradientReducer {
   };
 
   void register_params(const std::vector<GradientBucket>& buckets);
+  void add_buckets(Communicator& comm, MeanReducer::Path path,
+                   const std::vector<GradientBucket>& buckets, const Window* window);
+  const Gradient& gradient(int param, const char* call) const;
+  void open_bucket(std::size_t b);
+  void launch(std::size_t end);
   void launch_ready();
-  void zero_missing();
+  void close(std::size_t end);
+  void zero_missing(std::size_t b);
   void end_pass();
 
   Context ctx_;
@@ -105,6 +128,7 @@ class GradientReducer {
   std::vector<Gradient> gradients_;  ///< by parameter
   std::size_t next_ = 0;             ///< the first bucket that has not been launched
   Buffer zero_scale_;                ///< TensorScale{}: that of a missing gradient
+  Buffer staging_;                   ///< of all buckets, one after the other
 };
 
 }  // namespace octet

@@ -29,18 +29,20 @@ struct EngineConfig {
   /// which a gradient reaches with one rounding, or the gradient's own format, rounded once more
   /// with a common scale (numerics section 5). Default: f32 with a sharding, where the mean does
   /// not travel; the gradient's own without, where there is no other. In the gradient's own format
-  /// it takes no memory beside the gradient. For one value the bits are the same with every
-  /// sharding and, given the same gradients on every rank, number of ranks.
+  /// it takes no memory beside a gradient that is there. For one value the bits are the same with
+  /// every sharding and, given the same gradients on every rank, number of ranks.
   std::optional<DType> reduced_gradient = {};
   /// Parameters with at least two dimensions and this many elements are FP8-managed; all others
   /// have FP32 weight, gradient and states.
   std::int64_t fp8_min_elements = 4096;
   /// Gradients are reduced in buckets of at least this many elements. With overlap nothing hides
-  /// what the last bucket takes, so a bucket should be a small part of the model.
+  /// what the last bucket takes, so a bucket should be a small part of the model. Sharded gradients
+  /// are in groups of at least so many, and two of the largest take memory.
   std::int64_t bucket_elements = std::int64_t{32} << 20;
   /// When buckets are reduced, and whether into means. Default: overlap where the communicator's
-  /// context has a stream of its own, which it needs, else after_backward. fused needs an optimizer
-  /// cut over several ranks.
+  /// context has a stream of its own, which it needs, else after_backward, which with sharded
+  /// gradients is as late as their memory allows. fused needs an optimizer cut over several ranks
+  /// and gradients that are not.
   std::optional<Schedule> schedule = {};
   /// Whether ranks read and write one another's memory (Communicator::make_window()): gradients,
   /// their scales and, of an optimizer cut over ranks, weights then lie in a window. Default: with
@@ -56,7 +58,8 @@ struct EngineConfig {
   /// What more than one micro-batch is summed in: f32 (the default: 4 bytes per parameter, and the
   /// sum is rounded to the gradient's format once) or bf16 (2 bytes, enough for few micro-batches:
   /// one of 256 alike no longer moves the sum), or the gradient's own format, which takes no
-  /// memory. In e4m3 every sum is cast anew. A gradient in f32 is summed where it is.
+  /// memory. In e4m3 every sum is cast anew. A gradient in f32 is summed where it is. Sharded
+  /// gradients are summed apart in every format: the sums are whole on every rank.
   std::optional<DType> accumulator = {};
   /// m, v and the master, with the scales of their blocks, live in pinned host memory, which the
   /// update reads and writes across the link in its one pass: the device holds weights and
@@ -166,8 +169,10 @@ class Engine {
   /// parameter is ready to be reduced, and with overlap buckets whose parameters all are get
   /// launched; ranks may hand over in different orders. One more before step() is an error: sum the
   /// uses of a shared parameter first. A parameter without any counts as zero gradient, one with
-  /// fewer than micro_batches has the sum of those. Throws CommError when an earlier collective
-  /// failed.
+  /// fewer than micro_batches has the sum of those. With sharded gradients parameters are in
+  /// groups, in reverse order of registration: the gradient of a group has the one two before it
+  /// reduced, with what there is, and a gradient that comes for that one is an error. Throws
+  /// CommError when an earlier collective failed.
   void add_gradient(ParamId id, const TensorView& gradient);
 
   /// Reduce over the ranks, clip, update, gather. If any gradient on any rank is not finite nothing

@@ -12,8 +12,13 @@ namespace octet {
 /// and FP16 states; O3 is O2 with the optimizer sharded by default.
 enum class Level : std::uint8_t { O0, O1, O2, O3 };
 
-/// Where the optimizer lives: whole on every rank, or cut into panels (ZeRO-1).
-enum class Sharding : std::uint8_t { none, optimizer };
+/// What is cut into panels, of which every rank has its share, instead of being whole on every
+/// rank (ZeRO 0, 1, 2).
+enum class Sharding : std::uint8_t {
+  none,
+  optimizer,  ///< states and master weights
+  gradients   ///< these, and reduced gradients: no rank keeps a whole gradient of the model
+};
 
 struct Formats {
   DType gradient = DType::f32;

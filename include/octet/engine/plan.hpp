@@ -14,8 +14,9 @@ namespace octet {
 /// three.
 struct MemoryRow {
   /// "weight", "gradient", "master", "m", "v", "scales", where the format has them "transposed
-  /// weight" and "weight scales" (of blocks); "reduced gradient shard", "gradient accumulator",
-  /// "communication", "tables".
+  /// weight" and "weight scales" (of blocks); "reduced gradient shard" (state where gradients are
+  /// sharded, else communication), "gradient slots", "gradient accumulator", "communication",
+  /// "tables".
   std::string what;
   bool fp8_managed = true;
   bool state = true;  ///< part of the model state (communication memory is not)
