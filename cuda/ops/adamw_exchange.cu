@@ -20,10 +20,11 @@ __global__ void __launch_bounds__(kUpdateThreads, kExchangeBlocksPerSm)
   int done = 0;
   find_row([&]<std::size_t I>() {
     constexpr AdamwRow kRow = kAdamwRows[I];
-    if constexpr (is_exchanged(kRow.gradient, kRow.formats, kSums)) {
+    if constexpr (is_exchanged(kRow.formats)) {
       if (work.step.row != I + 1) return false;
       // A mean is an f32 gradient.
-      done = update_row<AdamwRow{DType::f32, kRow.formats}, X, kRow.gradient>(args, work);
+      constexpr AdamwRow kAs{kSums ? DType::f32 : kRow.gradient, kRow.formats};
+      done = update_row<kAs, X, kRow.gradient>(args, work);
       return true;
     }
     return false;

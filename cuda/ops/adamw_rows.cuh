@@ -55,7 +55,7 @@ __device__ inline std::uint32_t row_of(const AdamwTensor& t, DType gradient,
 __device__ inline std::uint32_t row_of(const AdamwTensor& t, const AdamwExchange& x, bool sums,
                                        const AdamwTensorStep& s) {
   const DType gradient = sums ? x.dtype : t.gradient_dtype;
-  const bool fits = is_fit_for_row(x) && is_exchanged(gradient, t.formats, sums);
+  const bool fits = is_fit_for_row(x) && is_exchanged(t.formats);
   return fits ? row_of(t, gradient, s) : 0;
 }
 

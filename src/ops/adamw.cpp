@@ -36,7 +36,7 @@ std::string reason_for_general_code(const AdamwTensor& tensor, const AdamWConfig
   const StateFormats& f = tensor.formats;
   const bool sums = exchange != nullptr && exchange->ranks > 0;
   const DType gradient = sums ? exchange->dtype : tensor.gradient_dtype;
-  if (adamw_row_of(gradient, f) == 0 || (exchange != nullptr && !is_exchanged(gradient, f, sums))) {
+  if (adamw_row_of(gradient, f) == 0 || (exchange != nullptr && !is_exchanged(f))) {
     std::ostringstream text;
     text << "kAdamwRows has no row of weight " << name_of(f.weight) << ", master "
          << name_of(f.master) << ", m " << name_of(f.m) << ", v " << name_of(f.v) << ", gradient "

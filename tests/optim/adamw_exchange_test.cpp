@@ -43,9 +43,9 @@ std::int64_t owned_by(const std::vector<Piece>& pieces) {
 }
 
 enum class Layout { whole, shard, own_whole };
-/// What a run's steps read: the f32 shard that reduce_mean filled, the contributions, or the one
-/// and the other in turn.
-enum class Source { shard, contributions, both };
+/// What a run's steps read: the shard that reduce_mean filled, in f32 or in the contributions'
+/// dtype, the contributions, or an f32 shard and these in turn.
+enum class Source { shard, rounded, contributions, both };
 
 struct ExchangeCase {
   StateFormats formats;
@@ -128,13 +128,13 @@ class Contributions {
   void reduce(const std::vector<Tensor>& shards) const {
     std::vector<MeanPiece> pieces;
     for (std::size_t i = 0; i < shards.size(); ++i) {
-      float* out = static_cast<float*>(shards[i].view().data);
+      auto* out = shards[i].as<char>();
       for (const Piece& piece : pieces_of(i, shapes_[i])) {
         const std::int64_t at =
             begins_[i] + piece.begin * static_cast<std::int64_t>(size_of(what_.dtype));
         pieces.push_back(
             {static_cast<std::int32_t>(i), piece.count, whole_.as<char>() + at, at, out});
-        out += piece.count;
+        out += piece.count * static_cast<std::int64_t>(size_of(shards[i].view().dtype));
       }
     }
     const Buffer table = upload(ctx_, pieces);
@@ -144,6 +144,7 @@ class Contributions {
                            .staging = whole_.data(),
                            .stride = stride_,
                            .dtype = what_.dtype,
+                           .out_dtype = shards.empty() ? DType::f32 : shards[0].view().dtype,
                            .scales = scales_.as<const TensorScale>(),
                            .mean_scales = mean_scales_.as<TensorScale>(),
                            .tensor_count = static_cast<std::int64_t>(shapes_.size()),
@@ -232,10 +233,12 @@ Bytes bytes_after(const Context& ctx, const ExchangeCase& what, const HostGradie
     param.gradient_scale = contributions.mean_scale(i);
     param.gradient_is_shard = true;
     if (source != Source::contributions) {
-      shards.emplace_back(ctx, DType::f32, Shape{owned_by(*param.pieces)});
+      const DType dtype = source == Source::rounded ? what.dtype : DType::f32;
+      shards.emplace_back(ctx, dtype, Shape{owned_by(*param.pieces)});
       param.gradient = shards.back().view();
     }
-    if (source != Source::shard) param.contributions = contributions.of_tensor(i, layout);
+    const bool reads_shard = source == Source::shard || source == Source::rounded;
+    if (!reads_shard) param.contributions = contributions.of_tensor(i, layout);
     weights.emplace_back(ctx, dtype_of(what.formats.weight), shapes[i]);
     param.weight = weights.back().view();
     for (int c = 0; c < copy_count; ++c) {
@@ -316,6 +319,24 @@ void check_case(const ExchangeCase& what) {
 }
 
 }  // namespace
+
+TEST_CASE("copies beside a stored gradient in its own dtype, on every device") {
+  for (const ExchangeCase& what :
+       {ExchangeCase{kO2, DType::e4m3, 3}, ExchangeCase{kSmall, DType::e4m3, 2},
+        ExchangeCase{kO1, DType::e4m3, 2}, ExchangeCase{kO0, DType::bf16, 2},
+        ExchangeCase{kTile, DType::e4m3, 2}}) {
+    const HostGradients host(shapes_of(what.formats), what.dtype);
+    const auto run = [&](const Context& ctx, std::int64_t offset, int copies) {
+      return bytes_after(ctx, what, host, Source::rounded, Layout::whole, offset, copies);
+    };
+    const Bytes expected = run(Context::cpu(), 0, 0);
+    for (const Context& ctx : test_contexts()) {
+      INFO(name_of(what, ctx));
+      CHECK(first_difference(run(ctx, 0, 2), expected) == "");
+      CHECK(first_difference(run(ctx, 1, 1), expected) == "");
+    }
+  }
+}
 
 TEST_CASE("contributions give the bits of a reduced shard, for the levels' formats") {
   for (int ranks : {1, 2, 3, 5, 8}) {

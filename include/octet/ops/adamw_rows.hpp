@@ -77,11 +77,10 @@ OCTET_HD constexpr bool is_shaped_for_row(const AdamwTensor& t) {
 }
 /// Ranks, and copies of a weight, that a row takes.
 inline constexpr std::int32_t kMaxRowRanks = 64;
-/// Whether an update that exchanges has fast code for a row with this gradient (of one that sums
-/// contributions: their dtype): for weights that a sharded optimizer may have, and of stored
-/// gradients for the f32 shard.
-OCTET_HD constexpr bool is_exchanged(DType gradient, const StateFormats& formats, bool sums) {
-  return !is_transposed(formats.weight) && (sums || gradient == DType::f32);
+/// Whether an update that exchanges has fast code for a row with these formats: for weights that a
+/// sharded optimizer may have.
+OCTET_HD constexpr bool is_exchanged(const StateFormats& formats) {
+  return !is_transposed(formats.weight);
 }
 OCTET_HD inline bool is_fit_for_row(const AdamwExchange& x) {
   return x.is_aligned && x.ranks <= kMaxRowRanks && x.copy_count <= kMaxRowRanks;
