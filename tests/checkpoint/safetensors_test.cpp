@@ -3,7 +3,7 @@
 
 #include <sys/stat.h>
 
-#include <cstring>
+#include <algorithm>
 #include <filesystem>
 #include <vector>
 
@@ -84,7 +84,7 @@ TEST_CASE("What is written in any pieces is read in any pieces") {
     for (std::size_t at = 0; at < got.size(); at += piece) {
       reader.read(tensor, at, std::min(piece, got.size() - at), got.data() + at);
     }
-    CHECK(std::memcmp(got.data(), data.data() + tensor.begin, got.size()) == 0);
+    CHECK(std::equal(got.begin(), got.end(), data.data() + tensor.begin));
   }
   CHECK(reader.find("w") == nullptr);
   CHECK(missing(error_of([&] { reader.at("w"); }), {path, "\"w\""}) == "");
