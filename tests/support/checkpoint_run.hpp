@@ -109,20 +109,22 @@ struct Leg {
   EngineConfig config;
   int ranks = 1;
   int begin = 0, end = 0;  ///< steps done before and after
+  int watched = -1;        ///< a step in between
   bool common = true;      ///< gradients
   DeviceType device = DeviceType::cpu;
   /// With a new engine, before the first step and after the last.
   std::function<void(Engine&, Communicator&)> before = {}, after = {};
 };
 
-/// What every rank holds before the first step, and after the last.
+/// What every rank holds before the first step, after the watched one, and after the last.
 struct LegResult {
-  std::vector<Bytes> before, after;
+  std::vector<Bytes> before, watched, after;
 };
 
 inline LegResult run_leg(const Leg& leg) {
   LegResult result;
   result.before.resize(static_cast<std::size_t>(leg.ranks));
+  result.watched.resize(static_cast<std::size_t>(leg.ranks));
   result.after.resize(static_cast<std::size_t>(leg.ranks));
   run_ranks(
       leg.ranks,
@@ -137,6 +139,7 @@ inline LegResult run_leg(const Leg& leg) {
         result.before[rank] = held_bytes(engine, ctx);
         for (int step = leg.begin + 1; step <= leg.end; ++step) {
           take_step(engine, ctx, step, comm.rank(), leg.common);
+          if (step == leg.watched) result.watched[rank] = held_bytes(engine, ctx);
         }
         if (leg.after) leg.after(engine, comm);
         result.after[rank] = held_bytes(engine, ctx);
