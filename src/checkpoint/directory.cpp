@@ -60,6 +60,24 @@ std::vector<std::string> files_of(const std::string& directory, std::int64_t ste
 
 }  // namespace
 
+void make_directory(const std::string& directory) {
+  const fs::path path = fs::absolute(directory).lexically_normal();
+  fs::path below;
+  for (const fs::path& part : path) {
+    const fs::path parent = below;
+    below /= part;
+    std::error_code error;
+    if (!fs::create_directory(below, error)) {
+      require(!error, below.string(), " cannot be created: ", error.message());
+      continue;  // it was there
+    }
+    const FileHandle handle(open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!handle.is_open() || (fsync(handle.get()) != 0 && errno != EINVAL)) {
+      fail_io(parent.string(), "flushed");
+    }
+  }
+}
+
 std::vector<std::int64_t> checkpoint_steps(const std::string& directory) {
   std::vector<std::int64_t> steps;
   for (const std::string& name : names_in(directory)) {

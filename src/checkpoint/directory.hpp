@@ -11,6 +11,9 @@
 
 namespace octet {
 
+/// With those above it, where they are missing; outlasts a loss of power.
+void make_directory(const std::string& directory);
+
 /// Of the newest checkpoint, or that which is asked for if it is there. Throws octet::Error.
 std::int64_t find_step(const std::string& directory, std::optional<std::int64_t> step);
 Index read_index(const std::string& directory, std::int64_t step);

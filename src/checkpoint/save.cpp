@@ -206,9 +206,7 @@ Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
   const auto scalars = read_sync<AdamwScalars>(save.state.ctx, save.state.scalars, 1).front();
   save.step = scalars.step;
   save.skipped = scalars.skipped;
-  std::error_code error;
-  fs::create_directories(directory, error);
-  require(!error, directory, " cannot be created: ", error.message());
+  make_directory(directory);
   if (save.rank == 0) check_directory(directory, save.step);
 
   json mine = common_of(save);

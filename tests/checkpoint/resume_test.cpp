@@ -36,8 +36,8 @@ const LegResult& whole_run(const EngineConfig& config, int ranks, bool common, D
   const StateFormats formats = config.formats.value_or(formats_of(config.level)).state;
   std::ostringstream key;
   key << name_of(config.level) << name_of(*config.sharding) << name_of(formats.weight)
-      << name_of(formats.m) << config.bucket_elements << config.offload_states << ranks << common
-      << static_cast<int>(device);
+      << name_of(formats.m) << config.bucket_elements << config.offload_states
+      << config.windows.value_or(false) << ranks << common << static_cast<int>(device);
   const auto found = kept.find(key.str());
   if (found != kept.end()) return found->second;
   return kept[key.str()] = run_leg({.config = config,
@@ -147,6 +147,18 @@ TEST_CASE("weights with scales of blocks and transposed copies go on too") {
       }
     }
   }
+}
+
+TEST_CASE("weights that lie in a window are saved and loaded too") {
+  EngineConfig apart = config_of(Level::O2, Sharding::optimizer, 20000);
+  apart.windows = false;
+  EngineConfig together = apart;
+  together.windows = true;
+  const Folder folder;
+  save(folder.file("together"), together, 3, true);
+  check_resume(folder.file("together"), apart, 2, true);
+  save(folder.file("apart"), apart, 2, true);
+  check_resume(folder.file("apart"), together, 3, true);
 }
 
 TEST_CASE("states in host memory are saved and loaded too") {
