@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kSavedAt = 3, kEnd = 6;
 constexpr int kRanks[] = {1, 2, 3, 4, 5, 8};
+constexpr Sharding kShardings[] = {Sharding::none, Sharding::optimizer, Sharding::gradients};
 
 EngineConfig config_of(Level level, Sharding sharding, std::int64_t bucket_elements) {
   return {.level = level,
@@ -101,26 +102,28 @@ TEST_CASE("with as many ranks and gradients of their own a run goes on with its 
         save(folder.file("run"), config, ranks, false, device);
         check_resume(folder.file("run"), config, ranks, false, device);
       }
-      const EngineConfig small = with_formats(
-          config_of(Level::O2, Sharding::optimizer, std::int64_t{1} << 20), small_formats());
-      INFO("small formats on " << ranks << " ranks");
-      const Folder folder;
-      save(folder.file("run"), small, ranks, false, device);
-      check_resume(folder.file("run"), small, ranks, false, device);
+      for (Sharding sharding : {Sharding::optimizer, Sharding::gradients}) {
+        const EngineConfig small =
+            with_formats(config_of(Level::O2, sharding, std::int64_t{1} << 20), small_formats());
+        INFO("small formats, " << name_of(sharding) << ", on " << ranks << " ranks");
+        const Folder folder;
+        save(folder.file("run"), small, ranks, false, device);
+        check_resume(folder.file("run"), small, ranks, false, device);
+      }
     }
   }
 }
 
 TEST_CASE("saved by N ranks, a run goes on with M, another sharding and other buckets") {
+  int pair = 0;
   for (int saved_by : kRanks) {
     for (int ranks : kRanks) {
-      // Each pair with another of the ways to cut, so that all meet.
-      const bool swap = (saved_by + ranks) % 2 == 0;
-      const Sharding from = swap ? Sharding::none : Sharding::optimizer;
-      const Sharding to = swap ? Sharding::optimizer : Sharding::none;
+      // Each pair of ranks with another pair of shardings.
+      const Sharding from = kShardings[pair % 3], to = kShardings[pair / 3 % 3];
+      ++pair;
       for (const Formats& formats : {formats_of(Level::O2), small_formats()}) {
-        INFO("saved by " << saved_by << ", loaded by " << ranks << ", m in "
-                         << name_of(formats.state.m));
+        INFO("saved by " << saved_by << ", " << name_of(from) << ", loaded by " << ranks << ", "
+                         << name_of(to) << ", m in " << name_of(formats.state.m));
         const Folder folder;
         save(folder.file("run"), with_formats(config_of(Level::O2, from, 20000), formats), saved_by,
              true);

@@ -58,7 +58,7 @@ inline void add_saved_params(Engine& engine, const Context& ctx, std::vector<Buf
 
 inline void take_step(Engine& engine, const Context& ctx, int step, int rank, bool common) {
   const std::vector<SavedParam> params = saved_params();
-  for (std::size_t p = 0; p < params.size(); ++p) {
+  for (std::size_t p = params.size(); p-- > 0;) {  // as a backward pass makes them
     const Buffer buffer = upload(ctx, leg_gradient(p, params[p].shape, step, rank, common));
     engine.add_gradient({static_cast<int>(p)}, view_of(ctx, buffer, DType::f32, params[p].shape));
     ctx.synchronize();  // the buffer goes away
