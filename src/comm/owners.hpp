@@ -5,6 +5,11 @@
 
 namespace octet {
 
+/// Throws octet::Error, beginning with `what`, unless there is a list of pieces for every rank and
+/// every element of tensors with so many elements belongs to exactly one piece.
+void check_owners(const char* what, const Owners& owners, int ranks,
+                  const std::vector<std::int64_t>& numels);
+
 /// Neighbouring pieces of one owner made one, empty ones left out: a transport pays for every part.
 inline Owners merged(const Owners& owners) {
   Owners runs(owners.size());
