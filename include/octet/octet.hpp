@@ -13,6 +13,7 @@
 #include "octet/comm/gradient_reducer.hpp"
 #include "octet/comm/mpi.hpp"
 #include "octet/comm/nccl.hpp"
+#include "octet/comm/shard_gather.hpp"
 #include "octet/comm/sum_reducer.hpp"
 #include "octet/core/block_scales.hpp"
 #include "octet/core/dtype.hpp"

@@ -141,6 +141,13 @@ void GradientReducer::launch_ready() {
   launch(end);
 }
 
+void GradientReducer::launch_through(int bucket) {
+  require(bucket >= 0 && static_cast<std::size_t>(bucket) < buckets_.size(),
+          "GradientReducer::launch_through: there is no bucket ", bucket, "; they are 0 to ",
+          static_cast<std::int64_t>(buckets_.size()) - 1);
+  close(static_cast<std::size_t>(bucket) + 1);
+}
+
 // Zeros may have to go where a bucket before them was.
 void GradientReducer::close(std::size_t end) {
   while (next_ < end) {

@@ -108,6 +108,7 @@ void Engine::Impl::check_lists_agree() {
     subject << "parameter " << i << " \"" << spec.name << "\"";
     list << subject.str() << "\n"
          << subject.str() << ": shape " << to_string(spec.shape) << "\n"
+         << subject.str() << ": unit " << spec.unit << "\n"
          << subject.str() << ": " << (params[i].managed ? "FP8-managed" : "f32") << "\n"
          << subject.str() << ": " << describe_hyper(config.adamw.of(spec.group)) << "\n"
          << subject.str() << ": largest initial value " << amax[i] << "\n";

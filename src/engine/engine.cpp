@@ -67,11 +67,12 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
           "Engine: formats: weight is none; the engine hands out weights (AdamW alone can do "
           "without)");
   // What a panel's owner writes of these does not lie together, so it does not travel as it is.
-  require(!impl_->sharded() ||
-              (!is_transposed(formats.weight) && formats.weight != WeightFormat::e4m3_row_block),
+  require(!impl_->sharded() || (formats.weight != WeightFormat::e4m3_row_block &&
+                                (!is_transposed(formats.weight) || impl_->shards_weights())),
           "Engine: formats: weight is ", name_of(formats.weight), " and sharding is ",
           name_of(impl_->plan.sharding), " over ", comm.size(),
-          " ranks; with that the weight may be f32, bf16, e4m3 or e4m3_tile");
+          " ranks; with that the weight may be f32, bf16, e4m3 or e4m3_tile",
+          impl_->shards_weights() ? ", or one of the last two with its transpose" : "");
 }
 
 Engine::~Engine() = default;
@@ -98,6 +99,13 @@ ParamId Engine::add(const ParamSpec& spec) {
           ", but the shape ", spec.shape,
           " is not that of a matrix; register it as one, or with fp8 = false");
   check_formats("parameter \"" + spec.name + "\"", param.formats.state, hyper);
+  require(spec.unit >= 0, "parameter \"", spec.name, "\": unit is ", spec.unit,
+          "; it must not be negative");
+  require(!e.shards_weights() || !is_transposed(param.formats.state.weight) ||
+              padded_rows(spec.shape[0]) == spec.shape[0],
+          "parameter \"", spec.name, "\": formats.weight is ", name_of(param.formats.state.weight),
+          " and sharding is parameters, so rows must be a ", "multiple of 16, but the shape is ",
+          spec.shape);
   e.params.push_back(std::move(param));
   return {static_cast<int>(e.params.size()) - 1};
 }
@@ -107,6 +115,7 @@ void Engine::freeze() {
   require(!e.frozen, "Engine::freeze() was called already");
   require(!e.failed, "Engine::freeze() failed before; make a new engine");
   e.check_lists_agree();
+  e.check_units();
   e.failed = true;  // until everything stands, on every rank
   e.build();
   e.failed = false;
@@ -123,7 +132,8 @@ ScaledView Engine::weight(ParamId id) const {
   const WeightFormat format = p.formats.state.weight;
   require(!has_block_scales(format), "Engine::weight: the weight of parameter \"", p.spec.name,
           "\" is ", name_of(format), ", which has no single scale; block_weight() hands it out");
-  return {p.weight.view(), is_e4m3(format) ? e.adamw->weight_scale(id.index) : nullptr};
+  return {e.whole_weight(id, "weight"),
+          is_e4m3(format) ? e.adamw->weight_scale(id.index) : nullptr};
 }
 
 TensorView Engine::weight_transposed(ParamId id) const {
@@ -131,7 +141,7 @@ TensorView Engine::weight_transposed(ParamId id) const {
   require(p.formats.state.weight == WeightFormat::e4m3_and_transpose,
           "Engine::weight_transposed: the weight of parameter \"", p.spec.name, "\" is ",
           name_of(p.formats.state.weight), "; only e4m3_and_transpose has this copy");
-  return p.weight_transposed.view();
+  return impl_->whole_transposed(id, "weight_transposed");
 }
 
 BlockScaledView Engine::block_weight(ParamId id) const {
@@ -139,7 +149,10 @@ BlockScaledView Engine::block_weight(ParamId id) const {
   require(has_block_scales(p.formats.state.weight),
           "Engine::block_weight: the weight of parameter \"", p.spec.name, "\" is ",
           name_of(p.formats.state.weight), ", which has no scales of blocks");
-  return impl_->adamw->block_weight(id.index);
+  if (!impl_->shards_weights()) return impl_->adamw->block_weight(id.index);
+  return {.data = impl_->whole_weight(id, "block_weight"),
+          .granularity = granularity_of(p.formats.state.weight),
+          .scales = impl_->units->weight_scales(id.index)};
 }
 
 BlockScaledView Engine::block_weight_transposed(ParamId id) const {
@@ -147,7 +160,10 @@ BlockScaledView Engine::block_weight_transposed(ParamId id) const {
   require(p.formats.state.weight == WeightFormat::e4m3_tile_and_transpose,
           "Engine::block_weight_transposed: the weight of parameter \"", p.spec.name, "\" is ",
           name_of(p.formats.state.weight), "; only e4m3_tile_and_transpose has this copy");
-  return impl_->adamw->block_weight_transposed(id.index);
+  if (!impl_->shards_weights()) return impl_->adamw->block_weight_transposed(id.index);
+  return {.data = impl_->whole_transposed(id, "block_weight_transposed"),
+          .granularity = granularity_of(p.formats.state.weight),
+          .scales = impl_->units->transposed_scales(id.index)};
 }
 
 void Engine::weight_as(ParamId id, const TensorView& out) const {
@@ -167,6 +183,7 @@ StepResult Engine::step(const StepOptions& options) {
   require(e.config.clipping || options.max_norm == 0.0f, "Engine::step: max_norm is ",
           options.max_norm,
           ", but EngineConfig::clipping is false; it must be true for steps that clip");
+  if (e.units != nullptr) e.units->require_none_whole("Engine::step");
   e.comm.check();  // nothing is changed after a collective has failed
   const bool sums = e.fused() && options.max_norm == 0.0f;
   e.finish_gradients(sums);
@@ -181,6 +198,7 @@ StepResult Engine::step(const StepOptions& options) {
                  .nonfinite = e.nonfinite(),
                  .from_contributions = sums});
   e.gather_weights();
+  if (e.units != nullptr) e.units->invalidate();
   const AdamwScalars* s = e.adamw->scalars();
   return {.norm = {e.ctx, &s->norm}, .step = {e.ctx, &s->step}, .skipped = {e.ctx, &s->skipped}};
 }
@@ -204,7 +222,9 @@ void Engine::Impl::gather_sums() {
 void Engine::Impl::gather_weights() {
   if (!sharded()) return;
   streams.fork();
-  if (window != nullptr) {
+  if (weight_gather == nullptr) {
+    // Units are gathered when they are wanted.
+  } else if (window != nullptr) {
     comm.count_sent(Traffic::payload, weight_gather->payload_bytes());  // the update wrote them
   } else {
     weight_gather->run();

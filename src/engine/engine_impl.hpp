@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "engine/weight_units.hpp"
 #include "octet/comm/collectives.hpp"
 #include "octet/comm/gradient_reducer.hpp"
 #include "octet/engine/engine.hpp"
@@ -24,7 +25,7 @@ struct Engine::Impl {
     ParamSpec spec;
     bool managed = false;
     Formats formats;
-    Tensor weight;
+    Tensor weight;             ///< whole; not where weights are cut
     Tensor weight_transposed;  ///< [columns, rows], for formats that have it
     Tensor gradient;     ///< this rank's, whole: its own memory or, of sharded ones, part of a slot
     Tensor accumulator;  ///< of micro-batches, where they are not summed in `gradient`
@@ -67,11 +68,14 @@ struct Engine::Impl {
   void build();
   void make_buckets();
   std::vector<std::vector<int>> runs_of(std::optional<bool> managed) const;
+  std::vector<std::vector<int>> runs_of_units() const;
+  void check_units() const;
   void cut_buckets();
   void make_window();
   std::vector<std::size_t> window_parts() const;
   void allocate_parameters();
   void allocate_slots();
+  void make_units();
   void allocate_accumulators();
   void allocate_reducer();
   void allocate_optimizer();
@@ -90,6 +94,7 @@ struct Engine::Impl {
   std::string describe_reduction() const;
   std::string describe_means() const;
   std::string describe_slots() const;
+  std::string describe_weights() const;
 
   /// Memory of the window, which make_window() has counted; aligned for vectors.
   void* take_from_window(std::size_t bytes);
@@ -99,6 +104,7 @@ struct Engine::Impl {
 
   bool sharded() const { return plan.sharding != Sharding::none && comm.size() > 1; }
   bool shards_gradients() const { return sharded() && plan.sharding >= Sharding::gradients; }
+  bool shards_weights() const { return sharded() && plan.sharding == Sharding::parameters; }
   /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
   bool fused() const { return sharded() && schedule() == Schedule::fused; }
   bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }
@@ -115,9 +121,20 @@ struct Engine::Impl {
   Param& param(ParamId id, const char* call);
   const Param& param(ParamId id, const char* call) const;
   const Param& frozen_param(ParamId id, const char* call) const;
+  /// Throw octet::Error while the weight's unit is not whole.
+  TensorView whole_weight(ParamId id, const char* call) const;
+  TensorView whole_transposed(ParamId id, const char* call) const;
+  void require_whole(const Param& p, const char* call) const;
+  /// Launches the reduction of a unit's gradients where its turn has come.
+  void reduce_unit(int unit);
   void require_frozen(const char* call) const;
 
   Schedule schedule() const;
+  /// Whether collectives run beside what the engine's stream does.
+  bool overlaps() const {
+    return comm.size() > 1 &&
+           (schedule() == Schedule::overlap || (shards_weights() && streams.is_apart()));
+  }
   /// What the micro-batches of gradients stored so are summed in.
   DType accumulator_of(DType gradient) const;
   void check_accumulator() const;
@@ -169,6 +186,7 @@ struct Engine::Impl {
   Buffer flag, gathered_flags;
   Buffer gradient_scales;              ///< in the order of the buckets
   std::vector<Buffer> gradient_slots;  ///< where there is no window
+  std::unique_ptr<WeightUnits> units;  ///< where weights are cut
   std::unique_ptr<GradientReducer> reducer;
   std::unique_ptr<AdamW> adamw;
   std::unique_ptr<PieceGather> weight_gather;

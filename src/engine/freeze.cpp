@@ -14,12 +14,13 @@ void Engine::Impl::build() try {
     make_buckets();
     make_window();
     allocate_parameters();
+    make_units();
     allocate_reducer();
     allocate_optimizer();
     allocate_communication();
     initialise();
     // Or the casts of a backward pass would wait for the reductions that run beside it.
-    if (schedule() == Schedule::overlap && comm.size() > 1) ctx.set_shares_device(true);
+    if (overlaps()) ctx.set_shares_device(true);
     describe();
   });
 } catch (const SetUpError& error) {
@@ -55,13 +56,15 @@ void Engine::Impl::allocate_parameters() {
       plan.count(what, p.managed, true, bytes,
                  ctx.memory_use().current - before + window_taken - taken);
     };
-    const bool shares_weights = window != nullptr && sharded();
-    allocate("weight", p.weight, dtype_of(p.formats.state.weight), shape, shares_weights);
+    const bool shares_weights = window != nullptr && sharded() && !shards_weights();
+    if (!shards_weights()) {
+      allocate("weight", p.weight, dtype_of(p.formats.state.weight), shape, shares_weights);
+    }
     if (shares_weights && has_block_scales(p.formats.state.weight)) {
       p.weight_blocks =
           static_cast<float*>(take_from_window(weight_scale_bytes(p.formats.state.weight, shape)));
     }
-    if (is_transposed(p.formats.state.weight)) {
+    if (is_transposed(p.formats.state.weight) && !shards_weights()) {
       allocate("transposed weight", p.weight_transposed, DType::e4m3, {shape[1], shape[0]});
     }
     if (!shards_gradients()) {
@@ -114,8 +117,10 @@ void Engine::Impl::allocate_reducer() {
                                  : sharded()    ? MeanReducer::Path::contributions
                                                 : MeanReducer::Path::two_shot;
   const std::size_t before = memory_in_use();
-  reducer = std::make_unique<GradientReducer>(ctx, comm, path, list, nonfinite(), schedule(),
-                                              window.get());
+  // Of units release() says when.
+  const Schedule when = shards_weights() ? Schedule::after_backward : schedule();
+  reducer =
+      std::make_unique<GradientReducer>(ctx, comm, path, list, nonfinite(), when, window.get());
   plan.wire_bytes_per_step += reducer->payload_bytes();
   plan.count("communication", true, false, reducer->buffer_bytes(), memory_in_use() - before);
 }
@@ -138,6 +143,13 @@ void Engine::Impl::allocate_optimizer() {
       a.pieces = p.pieces;
       a.weight_blocks = p.weight_blocks;
       a.weight_copies = weight_copies(p);
+    }
+    if (shards_weights()) {
+      const int i = static_cast<int>(list.size());
+      a.formats.weight = without_transpose(a.formats.weight);
+      a.weight = units->shard(i);
+      a.weight_is_shard = true;
+      a.weight_blocks = units->blocks(i);
     }
     list.push_back(std::move(a));
   }
@@ -168,7 +180,7 @@ void Engine::Impl::allocate_optimizer() {
     count_state("master", p, own_master ? state_bytes(f.master, owned) : 0, bytes.master);
     count_state("m", p, state_bytes(f.m, owned), bytes.m);
     count_state("v", p, state_bytes(f.v, owned), bytes.v);
-    if (has_block_scales(f.weight)) {
+    if (has_block_scales(f.weight) && !shards_weights()) {
       const std::uint64_t scales = weight_scale_bytes(f.weight, p.spec.shape);
       plan.count("weight scales", p.managed, true, scales,
                  p.weight_blocks != nullptr ? scales : bytes.weight_blocks);
@@ -194,7 +206,7 @@ void Engine::Impl::allocate_communication() {
         Buffer(comm.context(),
                static_cast<std::size_t>(comm.size() * adamw->scale_count()) * sizeof(TensorScale));
     predicted += gathered_scales.bytes();
-    plan.wire_bytes_per_step += weight_gather->payload_bytes();
+    if (weight_gather != nullptr) plan.wire_bytes_per_step += weight_gather->payload_bytes();
   }
   plan.count("communication", true, false, predicted, memory_in_use() - before);
 }
@@ -229,8 +241,10 @@ void Engine::Impl::make_gathers() {
       }
     }
   }
-  add_weight_scales(weights, weight_owners);
-  weight_gather = std::make_unique<PieceGather>(comm, weights, weight_owners);
+  if (!shards_weights()) {
+    add_weight_scales(weights, weight_owners);
+    weight_gather = std::make_unique<PieceGather>(comm, weights, weight_owners);
+  }
   const TensorView sums{adamw->segment_sums(), DType::f32, Shape{adamw->total_segments()},
                         ctx.device()};
   sum_gather = std::make_unique<PieceGather>(comm, std::vector<TensorView>{sums}, sum_owners,
@@ -308,6 +322,11 @@ std::string Engine::Impl::describe_schedule() const {
     return std::string("fused: after backward, summed inside AdamW's pass; ") +
            (config.clipping ? "steps that clip make FP32 means in memory first (clipping is true)"
                             : "no FP32 shard buffer (clipping is false)");
+  }
+  if (shards_weights()) {
+    return std::string("a unit's gradients are reduced when it is released, the rest in step(), ") +
+           (streams.is_apart() ? "on the communicator's own stream"
+                               : "one stream, because the communicator shares the engine's stream");
   }
   if (schedule() == Schedule::overlap) {
     return ctx.device().type == DeviceType::cpu
@@ -391,6 +410,8 @@ void Engine::Impl::describe() {
     if (plan.sharding != Sharding::none) {
       plan.notes.push_back("one rank holds the whole optimizer: sharding has nothing to cut");
     }
+  } else if (shards_weights()) {
+    plan.weight_gather = describe_weights();
   } else if (sharded()) {
     plan.weight_gather = window != nullptr
                              ? "written by the owner's update to every rank's memory, as stored"

@@ -47,7 +47,7 @@ void Engine::Impl::make_buckets() {
     }
   } else {
     std::vector<int> last;  // bucket of every group
-    for (std::vector<int>& run : runs_of({})) {
+    for (std::vector<int>& run : shards_weights() ? runs_of_units() : runs_of({})) {
       const auto others = std::stable_partition(run.begin(), run.end(), [&](int i) {
         return params[static_cast<std::size_t>(i)].managed;
       });
@@ -141,10 +141,11 @@ void Engine::Impl::require_open(int i) const {
   const Param& p = params[static_cast<std::size_t>(i)];
   require(reducer->is_open(i), "parameter \"", p.spec.name, "\": its gradient comes when those of ",
           "its group (", buckets[p.bucket].group, " of ", group_count(),
-          ") have been reduced, because a gradient of the group two behind it has come; with "
-          "sharding = ",
-          name_of(plan.sharding),
-          " gradients come group by group, in about the reverse order of registration");
+          ") have been reduced, because ", shards_weights() ? "its unit was released or " : "",
+          "a gradient of the group two behind it has come; with sharding = ",
+          name_of(plan.sharding), " gradients come ",
+          shards_weights() ? "unit by unit, the last unit first"
+                           : "group by group, in about the reverse order of registration");
 }
 
 std::string Engine::Impl::describe_slots() const {

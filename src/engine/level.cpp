@@ -41,7 +41,7 @@ std::string_view name_of(Level level) {
 }
 
 std::string_view name_of(Sharding sharding) {
-  constexpr std::string_view kNames[] = {"none", "optimizer", "gradients"};
+  constexpr std::string_view kNames[] = {"none", "optimizer", "gradients", "parameters"};
   return kNames[static_cast<int>(sharding)];
 }
 
@@ -54,7 +54,8 @@ Level parse_level(std::string_view text) {
 
 Sharding parse_sharding(std::string_view text) {
   std::string names;
-  for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+  for (Sharding sharding :
+       {Sharding::none, Sharding::optimizer, Sharding::gradients, Sharding::parameters}) {
     if (text == name_of(sharding)) return sharding;
     names += (names.empty() ? "" : ", ") + std::string(name_of(sharding));
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "octet/engine/plan.hpp"
 
+#include <numeric>
 #include <sstream>
 
 namespace octet {
@@ -56,6 +57,12 @@ std::string Plan::to_markdown() const {
       << "| weights | " << weight_gather << " |\n"
       << "| optimizer | " << optimizer << " |\n"
       << "| wire bytes per step | " << wire_bytes_per_step << " |\n";
+  if (!unit_gather_bytes.empty()) {
+    const auto all =
+        std::accumulate(unit_gather_bytes.begin(), unit_gather_bytes.end(), std::uint64_t{0});
+    out << "| wire bytes of gathering all " << unit_gather_bytes.size() << " units once | " << all
+        << " |\n";
+  }
   for (const std::string& note : notes) out << "| note | " << note << " |\n";
   out << "\n| memory | FP8-managed | model state | planned bytes | measured bytes |\n"
       << "|---|---|---|---:|---:|\n";

@@ -11,14 +11,6 @@
 namespace octet {
 namespace {
 
-WeightFormat without_transpose(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::e4m3_and_transpose: return WeightFormat::e4m3;
-    case WeightFormat::e4m3_tile_and_transpose: return WeightFormat::e4m3_tile;
-    default: return format;
-  }
-}
-
 /// The part of a piece whose entries begin in it, where `array` has it.
 void add_owned(StateArray& array, const Piece& piece, std::int64_t numel) {
   const auto rounded = [&](std::int64_t element) {
@@ -58,7 +50,7 @@ void add_state(std::vector<StateArray>& arrays, std::string_view name, std::stri
 }
 
 /// Scales of tiles: a row of them for every 128 rows. Those of rows of blocks lie column by column,
-/// so they are one entry.
+/// so they are one entry. Those of a piece are at their place among all of them.
 StateArray make_weight_blocks(WeightFormat format, const Shape& shape, void* scales,
                               const std::vector<Piece>& held) {
   const Granularity granularity = granularity_of(format);
@@ -66,8 +58,12 @@ StateArray make_weight_blocks(WeightFormat format, const Shape& shape, void* sca
   const std::int64_t unit = by_rows ? panel_numel(shape) : shape.numel();
   const std::int64_t bytes =
       scale_bytes(granularity, by_rows ? std::min(shape[0], kPanelRows) : shape[0], shape[1]);
-  return make_array("weight_blocks", "f32", std::max<std::int64_t>(unit, 1),
-                    static_cast<std::size_t>(bytes), scales, held);
+  StateArray array = make_array("weight_blocks", "f32", std::max<std::int64_t>(unit, 1),
+                                static_cast<std::size_t>(bytes), scales, held);
+  for (StateRange& range : array.held) {
+    range.data = static_cast<std::byte*>(scales) + array.bytes(range.begin);
+  }
+  return array;
 }
 
 }  // namespace
@@ -80,6 +76,7 @@ EngineState Engine::state() {
             p.gradients == 1 ? " gradient" : " gradients",
             " since the last step; the state is that between two steps");
   }
+  if (e.units != nullptr) e.units->settle();
   EngineState state{.ctx = e.ctx,
                     .adamw = e.config.adamw,
                     .params = {},
@@ -103,11 +100,13 @@ ParamState Engine::Impl::state_of(int i) const {
   const WeightFormat format = state.formats.weight;
   const std::vector<Piece> whole = {{0, 0, p.spec.shape.numel()}};
   const std::vector<Piece>& states = sharded() ? p.pieces : whole;
-  state.arrays.push_back(make_array("weight", name_of(format), 1, size_of(dtype_of(format)),
-                                    p.weight.view().data, whole));
+  const std::vector<Piece>& weights = shards_weights() ? p.pieces : whole;
+  void* const codes = shards_weights() ? units->shard(i).data : p.weight.view().data;
+  state.arrays.push_back(
+      make_array("weight", name_of(format), 1, size_of(dtype_of(format)), codes, weights));
   if (has_block_scales(format)) {
-    state.arrays.push_back(
-        make_weight_blocks(format, p.spec.shape, adamw->block_weight(i).scales, whole));
+    void* const scales = shards_weights() ? units->blocks(i) : adamw->block_weight(i).scales;
+    state.arrays.push_back(make_weight_blocks(format, p.spec.shape, scales, weights));
   }
   if (format != WeightFormat::f32) {
     add_state(state.arrays, "master", "", adamw->master(i), states);
@@ -123,6 +122,12 @@ ParamState Engine::Impl::state_of(int i) const {
 void Engine::state_loaded() {
   Impl& e = *impl_;
   e.require_frozen("state_loaded");
+  if (e.units != nullptr) {
+    e.units->require_none_whole("Engine::state_loaded");
+    e.units->invalidate();
+    e.ctx.synchronize();
+    return;
+  }
   for (std::size_t i = 0; i < e.params.size(); ++i) e.transpose_weight(static_cast<int>(i));
   e.ctx.synchronize();
 }

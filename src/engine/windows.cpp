@@ -40,7 +40,7 @@ std::vector<std::size_t> Engine::Impl::window_parts() const {
     const auto numel = static_cast<std::size_t>(p.spec.shape.numel());
     const WeightFormat weight = p.formats.state.weight;
     if (!shards_gradients()) parts.push_back(numel * size_of(p.formats.gradient));
-    if (!sharded()) continue;
+    if (!sharded() || shards_weights()) continue;
     parts.push_back(numel * size_of(dtype_of(weight)));
     if (has_block_scales(weight)) parts.push_back(weight_scale_bytes(weight, p.spec.shape));
   }
@@ -62,7 +62,7 @@ void Engine::Impl::make_window() {
           "EngineConfig::windows is true, but there can be none: ", window_refusal);
   if (offer.window == nullptr) return;
   window = std::move(offer.window);
-  if (schedule() == Schedule::overlap) window->limit_blocks(kBlocksBesideBackward);
+  if (overlaps()) window->limit_blocks(kBlocksBesideBackward);
   // The content is counted as what it is.
   plan.count("communication", true, false, window->memory_bytes() - content,
              memory_in_use() - before - content);
@@ -91,7 +91,7 @@ std::vector<WeightCopy> Engine::Impl::weight_copies(const Param& p) const {
 std::string Engine::Impl::describe_memory() const {
   if (window != nullptr)
     return "ranks reach one another's memory: gradients" +
-           std::string(sharded() ? " and weights" : "") + " lie in a window";
+           std::string(sharded() && !shards_weights() ? " and weights" : "") + " lie in a window";
   if (!window_refusal.empty()) return "send/receive, because there is no window: " + window_refusal;
   return config.windows.has_value() ? "send/receive, because EngineConfig::windows is false"
                                     : "send/receive: windows are the default with NCCL only";

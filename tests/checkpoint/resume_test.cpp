@@ -136,6 +136,29 @@ TEST_CASE("saved by N ranks, a run goes on with M, another sharding and other bu
   }
 }
 
+TEST_CASE("sharded weights are saved as they are and loaded with any sharding, and back") {
+  using S = Sharding;
+  for (const Formats& formats :
+       {formats_of(Level::O2), small_formats(), matrix_formats(WeightFormat::e4m3_tile)}) {
+    for (const auto& [from, to] : {std::pair{S::parameters, S::none},
+                                   {S::none, S::parameters},
+                                   {S::gradients, S::parameters},
+                                   {S::parameters, S::optimizer},
+                                   {S::parameters, S::parameters}}) {
+      for (const auto& [saved_by, ranks] : {std::pair{1, 3}, {3, 2}, {2, 5}, {4, 4}}) {
+        INFO(name_of(formats.state.weight)
+             << ", m in " << name_of(formats.state.m) << ": sharding " << name_of(from) << " of "
+             << saved_by << " ranks, then " << name_of(to) << " of " << ranks);
+        const Folder folder;
+        save(folder.file("run"), with_formats(config_of(Level::O2, from, 20000), formats), saved_by,
+             true);
+        check_resume(folder.file("run"), with_formats(config_of(Level::O2, to, 20000), formats),
+                     ranks, true);
+      }
+    }
+  }
+}
+
 TEST_CASE("weights with scales of blocks and transposed copies go on too") {
   for (DeviceType device : rank_devices()) {
     for (WeightFormat weight : {WeightFormat::e4m3_and_transpose, WeightFormat::e4m3_row_block,

@@ -419,6 +419,25 @@ TEST_CASE("buckets that share memory: the one before is launched, its missing gr
       }
     }
   }
+  // A caller that says itself when.
+  {
+    const auto reducer = make(Schedule::after_backward);
+    reducer->launch_through(0);
+    CHECK(reducer->launched() == 1);
+    CHECK_FALSE(reducer->is_open(0));
+    reducer->launch_through(2);
+    CHECK(reducer->launched() == 3);
+    reducer->launch_through(1);
+    CHECK(reducer->launched() == 3);
+    reducer->finish();
+    for (int param = 0; param < 6; ++param) {
+      CHECK(download<float>(ctx, shards[index(param)].as<float>(), 4)[3] == 0.0f);
+    }
+    for (int b : {-1, 3}) {
+      CHECK(missing(error_of([&] { reducer->launch_through(b); }),
+                    {"bucket " + std::to_string(b), "0 to 2"}) == "");
+    }
+  }
   CHECK(missing(error_of([&] { make(Schedule::fused); }), {"bucket 2", "fused"}) == "");
   buckets[1].after = 1;
   CHECK(missing(error_of([&] { make(Schedule::overlap); }), {"bucket 1", "earlier"}) == "");

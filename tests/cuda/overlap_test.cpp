@@ -163,7 +163,7 @@ class Captured {
     engine_.step({.lr_device = lr_.as<const float>(), .max_norm = 1.0f});
   }
 
-  Bytes state() const { return everything({read_back(engine_, ctx_)}); }
+  Bytes state() { return everything({read_back(engine_, ctx_)}); }
 
  private:
   Context ctx_;

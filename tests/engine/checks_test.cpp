@@ -289,7 +289,8 @@ TEST_CASE("configurations that cannot work are refused by field") {
   CHECK(missing(error_of([] { parse_level(""); }), {"O0"}) == "");
   CHECK(parse_level("O1") == Level::O1);
   CHECK(missing(error_of([] { parse_sharding("zero"); }), {"zero", "none", "optimizer"}) == "");
-  for (Sharding sharding : {Sharding::none, Sharding::optimizer}) {
+  for (Sharding sharding :
+       {Sharding::none, Sharding::optimizer, Sharding::gradients, Sharding::parameters}) {
     CHECK(parse_sharding(name_of(sharding)) == sharding);
   }
 }
@@ -391,6 +392,9 @@ TEST_CASE("ranks with different lists all throw, naming the first difference") {
        [](const Context& ctx, EngineConfig&, Keep& keep, Specs& specs) {
          specs[1] = made(ctx, keep, "second", {70, 64});
        }},
+      {"unit",
+       {"second", "unit 0", "unit 1"},
+       [](const Context&, EngineConfig&, Keep&, Specs& specs) { specs[1].unit = 1; }},
       {"missing",
        {"third"},
        [](const Context&, EngineConfig&, Keep&, Specs& specs) { specs.pop_back(); }},

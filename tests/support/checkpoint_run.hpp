@@ -68,7 +68,8 @@ inline void take_step(Engine& engine, const Context& ctx, int step, int rank, bo
 }
 
 /// Everything that lasts on this rank, transposed copies included.
-inline Bytes held_bytes(const Engine& engine, const Context& ctx) {
+inline Bytes held_bytes(Engine& engine, const Context& ctx) {
+  engine.gather(0);  // where weights are sharded; all parameters are in one unit
   Bytes all;
   const auto append = [&](const void* data, std::size_t bytes) {
     const Bytes part = download<std::uint8_t>(ctx, data, bytes);
@@ -101,6 +102,7 @@ inline Bytes held_bytes(const Engine& engine, const Context& ctx) {
   append(optimizer.scales(), static_cast<std::size_t>(optimizer.scale_count()) * 16);
   append(&optimizer.scalars()->step, 8);
   append(&optimizer.scalars()->skipped, 8);
+  engine.release(0);
   return all;
 }
 

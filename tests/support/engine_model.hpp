@@ -36,6 +36,13 @@ inline const std::vector<ModelParam>& model_params() {
   return list;
 }
 
+/// With Sharding::parameters: which parameter is in which unit.
+inline int unit_of(std::size_t p) {
+  constexpr int kUnits[] = {0, 1, 1, 1, 2, 2, 3, 3, 4, 4};
+  return kUnits[p];
+}
+inline constexpr int kModelUnits = 5;
+
 inline std::size_t numel_of(const ModelParam& param) {
   return static_cast<std::size_t>(param.shape.numel());
 }
@@ -94,7 +101,8 @@ inline void add_parameters(Engine& engine, const Context& ctx, std::vector<Buffe
     engine.add({.name = param.name,
                 .shape = param.shape,
                 .init = view_of(ctx, keep.back(), DType::f32, param.shape),
-                .fp8 = param.fp8});
+                .fp8 = param.fp8,
+                .unit = unit_of(p)});
   }
 }
 
@@ -141,14 +149,16 @@ inline Bytes blocks_of(const Context& ctx, const StateView& view) {
   return download<std::uint8_t>(ctx, view.blocks, blocks * sizeof(float));
 }
 
-inline RankResult read_back(const Engine& engine, const Context& ctx) {
+inline RankResult read_back(Engine& engine, const Context& ctx) {
   RankResult result;
   const AdamW& optimizer = engine.optimizer();
   for (int p = 0; p < static_cast<int>(model_params().size()); ++p) {
+    engine.gather(unit_of(static_cast<std::size_t>(p)));
     const ScaledView weight = engine.weight({p});
     result.weights.push_back(download_bytes(ctx, weight.data));
     result.weight_scales.push_back(
         weight.scale != nullptr ? download_one<TensorScale>(ctx, weight.scale) : TensorScale{});
+    engine.release(unit_of(static_cast<std::size_t>(p)));
     const StateView master = optimizer.master(p), m = optimizer.m(p), v = optimizer.v(p);
     result.master.push_back(codes_of(ctx, master));
     result.m.push_back(codes_of(ctx, m));
@@ -211,9 +221,10 @@ inline Formats formats_of_param(const RankResult& result, std::size_t p) {
 inline Bytes gather_state(const std::vector<RankResult>& results, std::size_t p,
                           std::vector<Bytes> RankResult::*state, std::size_t width,
                           std::int64_t run = 1) {
-  // An FP32 weight is its own master and whole on every rank.
+  // An FP32 weight is its own master and, unless weights are cut, whole on every rank.
   const StateFormats formats = formats_of_param(results[0], p).state;
-  const bool is_whole = state == &RankResult::master && formats.weight == WeightFormat::f32;
+  const bool is_whole = state == &RankResult::master && formats.weight == WeightFormat::f32 &&
+                        results[0].plan.sharding != Sharding::parameters;
   const auto bytes_for = [&](std::int64_t elements) {
     return static_cast<std::size_t>((elements + run - 1) / run) * width;
   };

@@ -75,6 +75,9 @@ class GradientReducer {
   /// no bucket has, when called twice for one parameter before finish(), and when its bucket has
   /// been launched.
   void ready(int param);
+  /// Launches the buckets up to this one that have not been; of these, parameters that are not
+  /// ready count as zero gradient. For callers that say themselves when, whatever the schedule.
+  void launch_through(int bucket);
   /// Ends the backward pass: parameters that are not ready count as zero gradient, what is left is
   /// launched, and the first stream waits for all of it. Throws octet::Error for the path
   /// contributions, which has no means.

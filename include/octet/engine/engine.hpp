@@ -21,8 +21,9 @@ struct EngineConfig {
   std::optional<Sharding> sharding = {};
   /// Default: the level's formats. Every combination of existing formats works but for two: the
   /// weight is never none, and an optimizer cut over several ranks has no weights in
-  /// e4m3_row_block, e4m3_and_transpose and e4m3_tile_and_transpose. Formats of matrices want
-  /// FP8-managed parameters of two dimensions.
+  /// e4m3_row_block and, unless weights are cut too, in e4m3_and_transpose and
+  /// e4m3_tile_and_transpose. Formats of matrices want FP8-managed parameters of two dimensions,
+  /// and where weights are cut a transposed copy wants rows that are a multiple of 16.
   std::optional<Formats> formats = {};
   AdamWConfig adamw = {};
   /// What the mean over the ranks of an FP8-managed gradient is stored in for the optimizer: f32,
@@ -37,16 +38,17 @@ struct EngineConfig {
   std::int64_t fp8_min_elements = 4096;
   /// Gradients are reduced in buckets of at least this many elements. With overlap nothing hides
   /// what the last bucket takes, so a bucket should be a small part of the model. Sharded gradients
-  /// are in groups of at least so many, and two of the largest take memory.
+  /// are in groups of at least so many, and two of the largest take memory; with sharded weights
+  /// the groups are the units.
   std::int64_t bucket_elements = std::int64_t{32} << 20;
   /// When buckets are reduced, and whether into means. Default: overlap where the communicator's
   /// context has a stream of its own, which it needs, else after_backward, which with sharded
-  /// gradients is as late as their memory allows. fused needs an optimizer cut over several ranks
-  /// and gradients that are not.
+  /// gradients is as late as their memory allows. With sharded weights release() says when. fused
+  /// needs an optimizer cut over several ranks and gradients that are not.
   std::optional<Schedule> schedule = {};
   /// Whether ranks read and write one another's memory (Communicator::make_window()): gradients,
-  /// their scales and, of an optimizer cut over ranks, weights then lie in a window. Default: with
-  /// NCCL, where the devices can; the plan says why not. true where they cannot is an error at
+  /// their scales and, of an optimizer cut over ranks, whole weights then lie in a window. Default:
+  /// with NCCL, where the devices can; the plan says why not. true where they cannot is an error at
   /// freeze(); one rank has no peers and no window.
   std::optional<bool> windows = {};
   /// Whether steps may clip. The norm is that of the means, so with `fused` this keeps the FP32
@@ -83,6 +85,10 @@ struct ParamSpec {
   std::function<void(const Context& ctx, const TensorView& values)> fill = {};
   /// False keeps the parameter out of FP8 whatever its size.
   bool fp8 = true;
+  /// With Sharding::parameters: what is gathered and released together, a layer say. Units count
+  /// from 0 without gaps, in the order of the forward pass; gradients come unit by unit, the last
+  /// unit first. Without effect otherwise.
+  int unit = 0;
   /// Hyper-parameters that differ from the configuration's.
   AdamWGroup group = {};
 };
@@ -119,7 +125,7 @@ struct NonfiniteGradient {
 /// add(), freeze() are set-up; the weights, add_gradient() and step() are the hot path: no
 /// allocation, no synchronisation, no host read of a device value.
 /// All ranks make the same calls in the same order; only add_gradient() may come in any order, or
-/// not at all. Everything is deterministic.
+/// not at all (with sharded weights: release()). Everything is deterministic.
 class Engine {
  public:
   /// `comm` must live as long as the engine and belong to a context of the same device: the same,
@@ -147,8 +153,10 @@ class Engine {
   /// FP8-managed, else f32.
   WeightFormat weight_format(ParamId id) const;
   /// The compute weight: e4m3 with scale (FP8-managed at O1 to O3), bf16 (O0) or f32. The pointer
-  /// stays the same, here and below; the contents change in step(). Throws octet::Error for a
-  /// weight with scales of blocks.
+  /// stays the same, here and below; the contents change in step(). With Sharding::parameters there
+  /// is one from gather() to release() of its unit, and the next time it may be another; asking for
+  /// it at other times throws octet::Error, here and below. Throws octet::Error for a weight with
+  /// scales of blocks.
   ScaledView weight(ParamId id) const;
   /// The transposed copy [columns, rows] of it, with the same scale. Throws octet::Error for
   /// formats other than e4m3_and_transpose.
@@ -163,6 +171,24 @@ class Engine {
   /// once.
   void weight_as(ParamId id, const TensorView& out) const;
 
+  /// Makes the weights of a unit whole, for what the stream is given from here on, and gathers the
+  /// unit that is likely next ahead, beside the stream: the one that came next in the step before,
+  /// else the next in the direction of travel. At most two units are whole at a time. One that is
+  /// still in memory since the last step is not gathered again. The host does not wait.
+  /// With shardings other than parameters, and with one rank, all weights are whole all the time;
+  /// both calls do nothing. Throws octet::Error for a number that no unit has, a unit that is whole
+  /// already and a third one, CommError when an earlier collective failed.
+  void gather(int unit);
+  /// Gives the weights of a unit up, behind what the stream has been given so far. When gradients
+  /// of the unit have been handed over (all micro-batches of a parameter at least), and those of
+  /// all units behind it are reduced, this ends them: their reduction is launched here, a parameter
+  /// without any counts as zero, and one more for the unit is an error until step(). Which
+  /// collectives run in which order follows from gather(), release() and step(), which all ranks
+  /// call in the same order; so a unit that has gradients on one rank has some on all, handed over
+  /// between the same two of these calls (a parameter without may get zeros). Throws octet::Error
+  /// for a unit that is not whole.
+  void release(int unit);
+
   /// Hands over the gradient of a parameter for one micro-batch: same shape, f32, bf16 or f16. It
   /// is stored in the engine's format or added to those of the micro-batches before, so `gradient`
   /// may be reused at once in stream order. With the last of EngineConfig::micro_batches the
@@ -175,9 +201,10 @@ class Engine {
   /// CommError when an earlier collective failed.
   void add_gradient(ParamId id, const TensorView& gradient);
 
-  /// Reduce over the ranks, clip, update, gather. If any gradient on any rank is not finite nothing
-  /// changes on any rank but the count of skipped steps. Throws CommError, before anything changes,
-  /// when an earlier collective failed (comm.synchronize() waits until that is known).
+  /// Reduce over the ranks, clip, update, gather. No unit may be whole: step() changes the weights,
+  /// and of those that units hold nothing is kept. If any gradient on any rank is not finite
+  /// nothing changes on any rank but the count of skipped steps. Throws CommError, before anything
+  /// changes, when an earlier collective failed (comm.synchronize() waits until that is known).
   StepResult step(const StepOptions& options);
 
   const Plan& plan() const;

@@ -13,11 +13,12 @@ namespace octet {
 enum class Level : std::uint8_t { O0, O1, O2, O3 };
 
 /// What is cut into panels, of which every rank has its share, instead of being whole on every
-/// rank (ZeRO 0, 1, 2).
+/// rank (ZeRO 0, 1, 2, 3).
 enum class Sharding : std::uint8_t {
   none,
   optimizer,  ///< states and master weights
-  gradients   ///< these, and reduced gradients: no rank keeps a whole gradient of the model
+  gradients,  ///< these, and reduced gradients: no rank keeps a whole gradient of the model
+  parameters  ///< these, and weights: whole ones exist by units, from gather() to release()
 };
 
 struct Formats {

@@ -15,8 +15,8 @@ namespace octet {
 struct MemoryRow {
   /// "weight", "gradient", "master", "m", "v", "scales", where the format has them "transposed
   /// weight" and "weight scales" (of blocks); "reduced gradient shard" (state where gradients are
-  /// sharded, else communication), "gradient slots", "gradient accumulator", "communication",
-  /// "tables".
+  /// sharded, else communication), "gradient slots", "weight slots", "gradient accumulator",
+  /// "communication", "tables".
   std::string what;
   bool fp8_managed = true;
   bool state = true;  ///< part of the model state (communication memory is not)
@@ -44,8 +44,10 @@ struct Plan {
   std::string optimizer;      ///< how the update runs, and why not faster
   std::vector<std::string> notes;
   std::vector<MemoryRow> memory;
-  /// Payload bytes this rank sends per step.
+  /// Payload bytes this rank sends per step, what gather() sends not counted.
   std::uint64_t wire_bytes_per_step = 0;
+  /// Of every unit (Sharding::parameters): what this rank sends each time it is gathered.
+  std::vector<std::uint64_t> unit_gather_bytes;
 
   /// Adds bytes to the row of this kind, made when it is new.
   void count(const std::string& what, bool fp8_managed, bool state, std::uint64_t predicted,

@@ -112,6 +112,13 @@ OCTET_HD constexpr bool is_transposed(WeightFormat format) {
          format == WeightFormat::e4m3_tile_and_transpose;
 }
 
+/// The format that has the weight alone.
+OCTET_HD constexpr WeightFormat without_transpose(WeightFormat format) {
+  return format == WeightFormat::e4m3_and_transpose        ? WeightFormat::e4m3
+         : format == WeightFormat::e4m3_tile_and_transpose ? WeightFormat::e4m3_tile
+                                                           : format;
+}
+
 /// Whether the weight must be that of a matrix.
 OCTET_HD constexpr bool needs_matrix(WeightFormat format) {
   return has_block_scales(format) || is_transposed(format);
