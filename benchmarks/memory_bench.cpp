@@ -35,24 +35,30 @@ struct GptSize {
 struct Parameter {
   std::string name;
   octet::Shape shape;
+  int unit = 0;
 };
 
 std::vector<Parameter> parameters_of(const GptSize& size) {
   const std::int64_t w = size.width;
   std::vector<Parameter> list{{"token_embedding", {size.vocabulary, w}},
                               {"position_embedding", {size.context, w}}};
+  int unit = 0;  // the embeddings; every block is one, the last with the norm behind it
+  const auto add = [&](const std::string& name, const octet::Shape& shape) {
+    list.push_back({name, shape, unit});
+  };
   const auto add_norm = [&](const std::string& name) {
-    list.push_back({name + ".gain", {w}});
-    list.push_back({name + ".bias", {w}});
+    add(name + ".gain", {w});
+    add(name + ".bias", {w});
   };
   for (std::int64_t layer = 0; layer < size.layers; ++layer) {
+    ++unit;
     const std::string block = "block." + std::to_string(layer);
     add_norm(block + ".attention_norm");
-    list.push_back({block + ".qkv", {3 * w, w}});
-    list.push_back({block + ".out", {w, w}});
+    add(block + ".qkv", {3 * w, w});
+    add(block + ".out", {w, w});
     add_norm(block + ".mlp_norm");
-    list.push_back({block + ".up", {4 * w, w}});
-    list.push_back({block + ".down", {w, 4 * w}});
+    add(block + ".up", {4 * w, w});
+    add(block + ".down", {w, 4 * w});
   }
   add_norm("final_norm");
   return list;
@@ -109,6 +115,35 @@ octet::Context make_context(DeviceType device, int rank) {
   return octet::Context::cuda(rank % octet::cuda_device_count(), nullptr);
 }
 
+/// A forward and a backward pass as far as weights and gradients go.
+void pass_through(octet::Engine& engine, const std::vector<Parameter>& parameters,
+                  const std::vector<octet::ParamId>& ids, const octet::TensorView& gradient) {
+  const int last = parameters.back().unit;
+  for (int unit = 0; unit <= last; ++unit) {
+    engine.gather(unit);
+    engine.release(unit);
+  }
+  std::size_t i = ids.size();
+  for (int unit = last; unit >= 0; --unit) {
+    engine.gather(unit);
+    for (; i > 0 && parameters[i - 1].unit == unit; --i) {
+      octet::TensorView view = gradient;
+      view.shape = parameters[i - 1].shape;
+      engine.add_gradient(ids[i - 1], view);
+    }
+    engine.release(unit);
+  }
+}
+
+/// What that makes a rank send: units are gathered twice but for the last two, which the backward
+/// pass finds where the forward pass had them.
+std::uint64_t planned_wire(const octet::Plan& plan) {
+  const std::vector<std::uint64_t>& units = plan.unit_gather_bytes;
+  std::uint64_t bytes = plan.wire_bytes_per_step;
+  for (std::size_t u = 0; u < units.size(); ++u) bytes += (u + 2 < units.size() ? 2 : 1) * units[u];
+  return bytes;
+}
+
 RankBytes measure_rank(const Case& c, const octet::Context& ctx, octet::Communicator& comm,
                        const octet::Context& trainer) {
   const std::vector<Parameter> parameters = parameters_of(c.size);
@@ -130,9 +165,11 @@ RankBytes measure_rank(const Case& c, const octet::Context& ctx, octet::Communic
     ids.push_back(
         engine.add({.name = p.name,
                     .shape = p.shape,
-                    .fill = [block, start](const octet::Context& at, const octet::TensorView& to) {
-                      repeat_block(at, block, start, to);
-                    }}));
+                    .fill =
+                        [block, start](const octet::Context& at, const octet::TensorView& to) {
+                          repeat_block(at, block, start, to);
+                        },
+                    .unit = p.unit}));
   }
   engine.freeze();
   octet::Context counted = ctx;
@@ -141,11 +178,7 @@ RankBytes measure_rank(const Case& c, const octet::Context& ctx, octet::Communic
   for (int step = 1; step <= c.steps; ++step) {
     const auto begin = std::chrono::steady_clock::now();
     const std::uint64_t sent_before = comm.wire_bytes().payload;
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      octet::TensorView view = gradient;
-      view.shape = parameters[i].shape;
-      engine.add_gradient(ids[i], view);
-    }
+    pass_through(engine, parameters, ids, gradient);
     const octet::StepResult done = engine.step({.lr = 1e-4f, .max_norm = 1.0f});
     ctx.synchronize();
     const std::chrono::duration<double, std::milli> passed =
@@ -213,9 +246,14 @@ double state_target(const octet::Plan& plan, bool offloads_states) {
   const octet::StateFormats& f = plan.formats.state;
   const auto bytes = [](auto format) { return static_cast<double>(octet::size_of(format)); };
   const double optimizer = offloads_states ? 0.0 : bytes(f.master) + bytes(f.m) + bytes(f.v);
-  const double share = plan.sharding == octet::Sharding::none ? 1.0 : 1.0 / plan.ranks;
-  return bytes(octet::dtype_of(f.weight)) + bytes(plan.formats.gradient) + share * optimizer +
-         kScales;
+  const auto share_of = [&](octet::Sharding cut) {
+    return plan.sharding >= cut ? 1.0 / plan.ranks : 1.0;
+  };
+  const bool cuts_gradients = plan.sharding >= octet::Sharding::gradients && plan.ranks > 1;
+  const double gradient = bytes(cuts_gradients ? plan.reduced_gradient : plan.formats.gradient);
+  return share_of(octet::Sharding::parameters) * bytes(octet::dtype_of(f.weight)) +
+         share_of(octet::Sharding::gradients) * gradient +
+         share_of(octet::Sharding::optimizer) * optimizer + kScales;
 }
 
 std::optional<double> step_ms(std::vector<double> ms) {
@@ -241,14 +279,14 @@ Result summarise(const Case& c, const std::vector<RankBytes>& ranks) {
     result.managed.add(rank.plan.state_bytes(true, true), rank.plan.state_bytes(true, false),
                        managed);
     result.all.add(rank.plan.state_bytes(false, true), rank.plan.state_bytes(false, false), all);
-    result.wire.add(rank.wire, rank.plan.wire_bytes_per_step, all);
+    result.wire.add(rank.wire, planned_wire(rank.plan), all);
     result.peak = std::max(result.peak, rank.peak);
     const std::optional<double> ms = step_ms(rank.ms);
     if (ms) result.ms = std::max(result.ms.value_or(0.0), *ms);
     for (const octet::MemoryRow& row : rank.plan.memory) {
       result.off_plan += distance(row.measured, row.predicted);
     }
-    result.off_plan += distance(rank.wire, rank.plan.wire_bytes_per_step);
+    result.off_plan += distance(rank.wire, planned_wire(rank.plan));
   }
   return result;
 }
