@@ -43,7 +43,7 @@ struct Trained {
   void go_on(int until) {
     while (steps < until) take_step(engine, ctx, ++steps, 0, true);
   }
-  Bytes held() const { return held_bytes(engine, ctx); }
+  Bytes held() { return held_bytes(engine, ctx); }
 
   Context ctx = Context::cpu();
   std::unique_ptr<Communicator> comm = make_single(ctx);
