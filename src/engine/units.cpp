@@ -30,6 +30,11 @@ void Engine::release(int unit) {
   e.reduce_unit(unit);
 }
 
+std::int64_t Engine::unit_gathers(int unit) const {
+  impl_->require_frozen("unit_gathers");
+  return impl_->units == nullptr ? 0 : impl_->units->gathers(unit);
+}
+
 void Engine::Impl::reduce_unit(int unit) {
   const int group = group_count() - 1 - unit;
   const auto of_group = [group](const Bucket& bucket) { return bucket.group == group; };

@@ -254,6 +254,7 @@ void WeightUnits::fetch(int unit, int s) {
   streams_.fork();
   slot.unit = -1;  // until the gather is on its way
   units_[index(unit)].gather->run(s);
+  ++units_[index(unit)].gathers;
   turn(unit, s);
   slot.arrived->record();
   slot.unit = unit;
@@ -334,6 +335,11 @@ void* WeightUnits::transposed_scales(int param) const {
 
 std::uint64_t WeightUnits::payload_bytes(int unit) const {
   return units_[index(unit)].gather->payload_bytes();
+}
+
+std::int64_t WeightUnits::gathers(int unit) const {
+  check_unit(unit, "unit_gathers");
+  return units_[index(unit)].gathers;
 }
 
 }  // namespace octet

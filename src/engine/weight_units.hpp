@@ -73,6 +73,8 @@ class WeightUnits {
 
   /// Payload bytes that gathering a unit makes this rank send.
   std::uint64_t payload_bytes(int unit) const;
+  /// Gathers of a unit so far, those ahead included. Throws as gather() for a number no unit has.
+  std::int64_t gathers(int unit) const;
   std::size_t slot_bytes() const { return slot_bytes_; }
 
  private:
@@ -94,6 +96,7 @@ class WeightUnits {
     Owners owners;
     std::size_t bytes = 0;
     std::unique_ptr<ShardGather> gather;
+    std::int64_t gathers = 0;
   };
   struct Slot {
     Buffer memory;

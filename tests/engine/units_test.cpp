@@ -239,11 +239,20 @@ TEST_CASE("the next unit is gathered ahead, and what is there is not gathered ag
     engine.freeze();
     const std::vector<std::uint64_t> bytes = engine.plan().unit_gather_bytes;
     std::uint64_t before = comm.wire_bytes().payload;
+    std::vector<std::int64_t> gathers(kModelUnits, 0);
     std::string& text = wrong[static_cast<std::size_t>(comm.rank())];
     // What travels because of a call: these units.
     const auto expect = [&](const std::string& call, const std::vector<int>& units) {
       std::uint64_t expected = 0;
-      for (int u : units) expected += bytes[static_cast<std::size_t>(u)];
+      for (int u : units) {
+        expected += bytes[static_cast<std::size_t>(u)];
+        ++gathers[static_cast<std::size_t>(u)];
+      }
+      for (int u = 0; u < kModelUnits; ++u) {
+        const std::int64_t counted = engine.unit_gathers(u);
+        if (counted == gathers[static_cast<std::size_t>(u)]) continue;
+        text += call + ": " + std::to_string(counted) + " gathers of " + std::to_string(u) + "; ";
+      }
       const std::uint64_t sent = comm.wire_bytes().payload - before;
       if (sent != expected) {
         text += call + ": " + std::to_string(sent) + " bytes instead of " +
@@ -302,6 +311,23 @@ TEST_CASE("the next unit is gathered ahead, and what is there is not gathered ag
   for (const std::string& text : wrong) CHECK(text == "");
 }
 
+TEST_CASE("weights that are not cut are never gathered") {
+  for (int ranks : {1, 2}) {
+    std::vector<std::int64_t> gathers(static_cast<std::size_t>(ranks), -1);
+    run_ranks(ranks, [&](Communicator& comm) {
+      const Sharding sharding = ranks == 1 ? Sharding::parameters : Sharding::gradients;
+      Engine engine(comm.context(), comm, {.sharding = sharding});
+      std::vector<Buffer> keep;
+      add_parameters(engine, comm.context(), keep);
+      engine.freeze();
+      engine.gather(0);
+      engine.release(0);
+      gathers[static_cast<std::size_t>(comm.rank())] = engine.unit_gathers(0);
+    });
+    CHECK(gathers == std::vector<std::int64_t>(gathers.size(), 0));
+  }
+}
+
 TEST_CASE("units: what is refused is named, and changes nothing") {
   std::vector<std::vector<std::string>> errors(2);
   run_ranks(2, [&](Communicator& comm) {
@@ -312,12 +338,14 @@ TEST_CASE("units: what is refused is named, and changes nothing") {
     std::vector<std::string>& list = errors[static_cast<std::size_t>(comm.rank())];
     const auto keep_error = [&](auto call) { list.push_back(error_of(call)); };
     keep_error([&] { engine.gather(0); });
+    keep_error([&] { engine.unit_gathers(0); });
     engine.freeze();
     const Buffer out(ctx, 300 * 97 * 4);
     keep_error([&] { engine.weight({0}); });
     keep_error([&] { engine.weight_as({0}, view_of(ctx, out, DType::f32, {300, 97})); });
     keep_error([&] { engine.gather(5); });
     keep_error([&] { engine.gather(-1); });
+    keep_error([&] { engine.unit_gathers(5); });
     keep_error([&] { engine.release(0); });
     engine.gather(0);
     engine.gather(2);
@@ -344,10 +372,12 @@ TEST_CASE("units: what is refused is named, and changes nothing") {
   });
   const std::vector<std::vector<std::string>> expected = {
       {"gather", "before freeze"},
+      {"unit_gathers", "before freeze"},
       {"weight", "\"embedding\"", "unit 0", "gather(0)"},
       {"weight", "\"embedding\"", "unit 0", "gather(0)"},
       {"gather", "no unit 5", "0 to 4"},
       {"gather", "no unit -1"},
+      {"unit_gathers", "no unit 5", "0 to 4"},
       {"release", "unit 0 is not whole"},
       {"gather", "unit 0 is whole already"},
       {"gather", "unit 1", "units 0, 2 are whole", "at most two"},

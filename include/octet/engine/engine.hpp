@@ -188,6 +188,12 @@ class Engine {
   /// between the same two of these calls (a parameter without may get zeros). Throws octet::Error
   /// for a unit that is not whole.
   void release(int unit);
+  /// How often the weights of a unit have travelled since freeze(): gather() of one that is still
+  /// in memory sends nothing, gathering ahead does. Of what this rank has sent,
+  /// Plan::wire_bytes_per_step every step and Plan::unit_gather_bytes every time are all. Host
+  /// state, the same on every rank; 0 where all weights are whole all the time. Throws octet::Error
+  /// before freeze() and for a number that no unit has.
+  std::int64_t unit_gathers(int unit) const;
 
   /// Hands over the gradient of a parameter for one micro-batch: same shape, f32, bf16 or f16. It
   /// is stored in the engine's format or added to those of the micro-batches before, so `gradient`
