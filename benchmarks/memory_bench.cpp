@@ -379,7 +379,8 @@ struct Options {
   bool quick = false;
   GptSize size{0, 0, 1024, 50304};  ///< a single one where layers and width are given
   std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
-  std::string formats = "level", sharding, reduced_gradient;
+  std::string formats = "level", reduced_gradient;
+  std::vector<std::string> shardings;
   bool offload = false;
   int steps = 1;
 };
@@ -408,12 +409,13 @@ std::vector<GptSize> sizes_for(DeviceType device, const Options& options) {
   return {{8, 512, 256, 256}, {12, 768, 1024, 50304}, {24, 1024, 1024, 50304}};
 }
 
-octet::EngineConfig config_of(const Options& options, const std::string& level) {
+octet::EngineConfig config_of(const Options& options, const std::string& level,
+                              const std::optional<std::string>& sharding) {
   octet::EngineConfig config{.level = octet::parse_level(level)};
   octet::require(options.formats == "level" || options.formats == "small", "--formats ",
                  options.formats, ": must be level or small");
   if (options.formats == "small") config.formats = octet::small_formats();
-  if (!options.sharding.empty()) config.sharding = octet::parse_sharding(options.sharding);
+  if (sharding) config.sharding = octet::parse_sharding(*sharding);
   const std::string& mean = options.reduced_gradient;
   octet::require(mean.empty() || mean == "f32" || mean == "e4m3", "--reduced-gradient ", mean,
                  ": must be f32 or e4m3");
@@ -429,7 +431,12 @@ int run(const Options& options) {
   }
   octet::require(options.steps >= 1, "--steps ", options.steps, ": must be at least 1");
   std::vector<octet::EngineConfig> configs;
-  for (const std::string& level : options.levels) configs.push_back(config_of(options, level));
+  for (const std::string& level : options.levels) {
+    for (const std::string& sharding : options.shardings) {
+      configs.push_back(config_of(options, level, sharding));
+    }
+    if (options.shardings.empty()) configs.push_back(config_of(options, level, {}));
+  }
   const std::vector<GptSize> sizes = sizes_for(device, options);
   std::vector<Result> results;
   print_header();
@@ -470,8 +477,10 @@ int main(int argc, char** argv) {
       ->delimiter(',');
   app.add_option("--formats", options.formats,
                  "level, or small: block states and split master (default: level)");
-  app.add_option("--sharding", options.sharding,
-                 "As EngineConfig::sharding (default: the level's)");
+  app.add_option("--sharding", options.shardings,
+                 "none, optimizer, gradients, parameters, or several, separated by commas "
+                 "(default: the level's)")
+      ->delimiter(',');
   app.add_option("--reduced-gradient", options.reduced_gradient,
                  "Format of the means that the optimizer reads: f32 or e4m3");
   app.add_flag("--offload", options.offload, "Keep m, v and master in host memory");

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numbers>
-#include <span>
 #include <utility>
 
 #include "random.hpp"
@@ -12,38 +12,62 @@
 namespace train_gpt {
 namespace {
 
-/// Standard normal values times `deviation`: Box-Muller over the counter-based generator.
-std::vector<float> normal_values(std::uint64_t seed, int parameter, std::int64_t count,
-                                 double deviation) {
-  std::vector<float> values(static_cast<std::size_t>(count));
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    const std::uint64_t bits = random_bits(seed, static_cast<std::uint64_t>(parameter), i);
-    const double u = (static_cast<double>(bits >> 32) + 0.5) * 0x1p-32;
-    const double v = static_cast<double>(bits & 0xFFFFFFFFu) * 0x1p-32;
-    const double radius = deviation * std::sqrt(-2.0 * std::log(u));
-    values[i] = static_cast<float>(radius * std::cos(2.0 * std::numbers::pi * v));
+/// A standard normal value times `deviation`: Box-Muller over the counter-based generator.
+float normal_value(std::uint64_t seed, int parameter, std::int64_t i, double deviation) {
+  const std::uint64_t bits =
+      random_bits(seed, static_cast<std::uint64_t>(parameter), static_cast<std::uint64_t>(i));
+  const double u = (static_cast<double>(bits >> 32) + 0.5) * 0x1p-32;
+  const double v = static_cast<double>(bits & 0xFFFFFFFFu) * 0x1p-32;
+  const double radius = deviation * std::sqrt(-2.0 * std::log(u));
+  return static_cast<float>(radius * std::cos(2.0 * std::numbers::pi * v));
+}
+
+/// Fills an f32 tensor with value(i), made on the host and copied in parts.
+template <class Value>
+void fill_from_host(const octet::Context& ctx, const octet::TensorView& values,
+                    const Value& value) {
+  constexpr std::int64_t kPart = std::int64_t{4} << 20;
+  std::vector<float> part;
+  for (std::int64_t begin = 0; begin < values.numel(); begin += kPart) {
+    part.resize(static_cast<std::size_t>(std::min(kPart, values.numel() - begin)));
+    const auto count = static_cast<std::int64_t>(part.size());
+#pragma omp parallel for
+    for (std::int64_t i = 0; i < count; ++i) part[static_cast<std::size_t>(i)] = value(begin + i);
+    octet::copy_bytes(ctx, values.as<float>() + begin, part.data(), part.size() * sizeof(float));
+    ctx.synchronize();
   }
-  return values;
 }
 
 }  // namespace
 
-/// Adds parameters to the engine and keeps their initial values until the engine has read them.
+/// Adds parameters to the engine, those of one unit after the other.
 class Gpt::Registration {
  public:
-  Registration(const octet::Context& ctx, octet::Engine& engine, std::uint64_t seed)
-      : ctx_(ctx), engine_(engine), seed_(seed) {}
+  Registration(octet::Engine& engine, std::uint64_t seed) : engine_(engine), seed_(seed) {}
+
+  void next_unit() { ++unit_; }
+  /// The number of the unit that parameters belong to now.
+  int unit() const { return unit_; }
 
   Weight matrix(const std::string& name, std::int64_t rows, std::int64_t columns,
                 double deviation) {
     return add(name, {rows, columns},
-               normal_values(seed_, static_cast<int>(initial_.size()), rows * columns, deviation));
+               [seed = seed_, parameter = count_, deviation](const octet::Context& ctx,
+                                                             const octet::TensorView& values) {
+                 fill_from_host(ctx, values, [&](std::int64_t i) {
+                   return normal_value(seed, parameter, i, deviation);
+                 });
+               });
   }
 
   /// Weight decay is for matrices only.
   Weight vector(const std::string& name, std::int64_t count, float value) {
-    return add(name, {count}, std::vector<float>(static_cast<std::size_t>(count), value),
-               octet::AdamWGroup{.weight_decay = 0.0f});
+    return add(
+        name, {count},
+        [value](const octet::Context& ctx, const octet::TensorView& values) {
+          fill_from_host(ctx, values, [&](std::int64_t) { return value; });
+        },
+        octet::AdamWGroup{.weight_decay = 0.0f});
   }
 
   Norm norm(const std::string& name, std::int64_t width) {
@@ -54,17 +78,20 @@ class Gpt::Registration {
   }
 
  private:
-  Weight add(const std::string& name, octet::Shape shape, const std::vector<float>& values,
+  Weight add(const std::string& name, octet::Shape shape,
+             std::function<void(const octet::Context&, const octet::TensorView&)> fill,
              const octet::AdamWGroup& group = {}) {
-    initial_.push_back(octet::upload_sync<float>(ctx_, values));
-    const octet::TensorView init{initial_.back().data(), octet::DType::f32, shape, ctx_.device()};
-    return {engine_.add({.name = name, .shape = shape, .init = init, .group = group}), shape};
+    ++count_;
+    return {
+        engine_.add(
+            {.name = name, .shape = shape, .fill = std::move(fill), .unit = unit_, .group = group}),
+        shape};
   }
 
-  octet::Context ctx_;
   octet::Engine& engine_;
   std::uint64_t seed_;
-  std::vector<octet::Buffer> initial_;
+  int count_ = 0;  ///< of parameters so far
+  int unit_ = 0;
 };
 
 Gpt::Gpt(const octet::Context& ctx, octet::Engine& engine, octet::GemmRegistry& gemms,
@@ -84,12 +111,14 @@ void Gpt::register_parameters(octet::Engine& engine, std::uint64_t seed) {
   // Each block adds two branches to the residual stream: their variances must sum to one share.
   const double branch = kDeviation / std::sqrt(2.0 * config_.layers);
   const std::int64_t width = config_.width;
-  Registration add(ctx_, engine, seed);
+  Registration add(engine, seed);
   token_table_.weight = add.matrix("token_embedding", kVocabulary, width, kDeviation);
   position_table_.weight = add.matrix("position_embedding", config_.context, width, kDeviation);
   for (int layer = 0; layer < config_.layers; ++layer) {
     const std::string name = "block." + std::to_string(layer) + ".";
     Block block;
+    add.next_unit();
+    block.unit = add.unit();
     block.attention_norm = add.norm(name + "attention_norm", width);
     block.qkv.weight = add.matrix(name + "qkv", 3 * width, width, kDeviation);
     block.out.weight = add.matrix(name + "out", width, width, branch);
@@ -98,6 +127,8 @@ void Gpt::register_parameters(octet::Engine& engine, std::uint64_t seed) {
     block.down.weight = add.matrix(name + "down", width, 4 * width, branch);
     blocks_.push_back(std::move(block));
   }
+  add.next_unit();
+  final_unit_ = add.unit();
   final_norm_ = add.norm("final_norm", width);
   head_.weight = token_table_.weight;
   engine.freeze();
@@ -107,9 +138,32 @@ void Gpt::end_step() {
   if (delayed_) delayed_->update();
 }
 
+std::vector<octet::ExtraState> Gpt::extra_states() const {
+  if (!delayed_) return {};
+  const auto count = static_cast<std::size_t>(delayed_->count());
+  const auto length = static_cast<std::size_t>(config_.fp8.delayed.amax_history_len);
+  std::vector<octet::ExtraState> list{
+      {"delayed.history", delayed_->history(), count * length * sizeof(float)},
+      {"delayed.next", delayed_->next(), count * sizeof(std::uint32_t)}};
+  for (std::size_t i = 0; i < delayed_entries_.size(); ++i) {
+    list.push_back({"delayed.scale." + std::to_string(i), delayed_entries_[i].scale,
+                    sizeof(octet::TensorScale)});
+  }
+  return list;
+}
+
+void Gpt::restored() {
+  if (!delayed_) return;
+  for (Block& block : blocks_) {
+    for (Matrix* matrix : {&block.qkv, &block.out, &block.up, &block.down}) {
+      matrix->linear->keep_scales();
+    }
+  }
+  head_.linear->keep_scales();
+}
+
 void Gpt::allocate(octet::GemmRegistry& gemms) {
   const std::int64_t width = config_.width;
-  std::vector<octet::DelayedScaling::Entry> scales;
   const auto make_linear = [&](Matrix& matrix) {
     const octet::DType dtype = octet::dtype_of(engine_.weight_format(matrix.weight.id));
     octet::LinearConfig linear{.in_features = matrix.weight.shape[1],
@@ -120,7 +174,9 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
                                .nonfinite = engine_.nonfinite_flag()};
     if (linear.fp8) linear.recipe = config_.fp8.recipe, linear.format = config_.fp8.format;
     matrix.linear.emplace(gemms, linear);
-    for (const auto& entry : matrix.linear->delayed_entries()) scales.push_back(entry);
+    for (const auto& entry : matrix.linear->delayed_entries()) {
+      delayed_entries_.push_back(entry);
+    }
   };
   const auto make_norm = [&](Norm& norm) {
     norm.mean = floats(tokens_);
@@ -139,7 +195,7 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   make_norm(final_norm_);
   make_linear(head_);
   if (config_.fp8.recipe == octet::Fp8Recipe::delayed) {
-    delayed_.emplace(ctx_, config_.fp8.delayed, scales);
+    delayed_.emplace(ctx_, config_.fp8.delayed, delayed_entries_);
   }
   for (EmbeddingTable* table : {&token_table_, &position_table_}) {
     if (has_tiles(table->weight)) table->decoded = {ctx_, octet::DType::f32, table->weight.shape};
@@ -157,16 +213,26 @@ void Gpt::allocate(octet::GemmRegistry& gemms) {
   ctx_.reserve_workspace(kernels_.workspace_bytes(attention_, kVocabulary));
 }
 
+template <class Work>
+void Gpt::with_unit(int unit, const Work& work) {
+  engine_.gather(unit);
+  work();
+  engine_.release(unit);
+}
+
 void Gpt::forward(const Windows& windows, float* loss, Pass pass) {
   pass_ = pass;
-  kernels_.embedding_forward(ctx_, windows, table_values(token_table_),
-                             table_values(position_table_), blocks_.front().input.as<float>());
+  with_unit(kTables, [&] {
+    kernels_.embedding_forward(ctx_, windows, table_values(token_table_),
+                               table_values(position_table_), blocks_.front().input.as<float>());
+  });
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     octet::Tensor& output = i + 1 < blocks_.size() ? blocks_[i + 1].input : last_;
-    block_forward(blocks_[i], output.as<float>());
+    with_unit(blocks_[i].unit, [&] { block_forward(blocks_[i], output.as<float>()); });
   }
-  norm_forward(final_norm_, last_.as<float>(), narrow_.as<float>());
-  matrix_forward(head_, narrow_, logits_);
+  with_unit(final_unit_,
+            [&] { norm_forward(final_norm_, last_.as<float>(), narrow_.as<float>()); });
+  with_unit(kTables, [&] { matrix_forward(head_, narrow_, logits_); });
   kernels_.cross_entropy(ctx_, windows, kVocabulary, tokens_ * config_.micro_batches,
                          logits_.as<float>(), token_loss_.as<float>(), loss);
 }
@@ -190,10 +256,13 @@ void Gpt::block_forward(Block& block, float* output) {
 void Gpt::backward(const Windows& windows) {
   // The head and the embedding share a weight: their gradients are summed before the engine sees
   // them.
-  matrix_backward(head_, logits_, narrow_, dtokens_);
+  with_unit(kTables, [&] { matrix_backward(head_, logits_, narrow_, dtokens_); });
   octet::zero_bytes(ctx_, dresidual_.view().data, dresidual_.bytes());
-  norm_backward(final_norm_, narrow_.as<float>(), last_.as<float>());
-  for (std::size_t i = blocks_.size(); i-- > 0;) block_backward(blocks_[i]);
+  with_unit(final_unit_,
+            [&] { norm_backward(final_norm_, narrow_.as<float>(), last_.as<float>()); });
+  for (std::size_t i = blocks_.size(); i-- > 0;) {
+    with_unit(blocks_[i].unit, [&] { block_backward(blocks_[i]); });
+  }
   kernels_.embedding_backward(ctx_, windows, dresidual_.as<float>(), kVocabulary, config_.width,
                               dtokens_.as<float>(), dmatrix_.as<float>());
   hand_over(token_table_.weight, dtokens_);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "octet/checkpoint/checkpoint.hpp"
 #include "octet/engine/engine.hpp"
 #include "octet/nn/linear.hpp"
 
@@ -51,6 +52,11 @@ class Gpt {
   /// To be called after every step of the engine: with delayed scaling the next scales.
   void end_step();
 
+  /// What a checkpoint keeps beside the engine: the histories and scales of delayed scaling.
+  std::vector<octet::ExtraState> extra_states() const;
+  /// extra_states() have been filled from a checkpoint.
+  void restored();
+
  private:
   /// A parameter of the engine.
   struct Weight {
@@ -77,6 +83,7 @@ class Gpt {
     Matrix qkv, out;
     Norm mlp_norm;
     Matrix up, down;
+    int unit = 0;
     octet::Tensor input, qkv_values, attended, log_sum, middle, hidden;
   };
   class Registration;
@@ -84,6 +91,9 @@ class Gpt {
   void register_parameters(octet::Engine& engine, std::uint64_t seed);
   void allocate(octet::GemmRegistry& gemms);
 
+  /// Around work with the weights of a unit, which may be cut over the ranks.
+  template <class Work>
+  void with_unit(int unit, const Work& work);
   void block_forward(Block& block, float* output);
   void block_backward(Block& block);
   void norm_forward(Norm& norm, const float* x, float* y);
@@ -111,8 +121,13 @@ class Gpt {
   AttentionShape attention_;
 
   std::optional<octet::DelayedScaling> delayed_;
+  std::vector<octet::DelayedScaling::Entry> delayed_entries_;
   EmbeddingTable token_table_, position_table_;
   std::vector<Block> blocks_;
+  /// Units: the embedding tables, which the head shares, are the first, each block is one, the last
+  /// norm is the last.
+  static constexpr int kTables = 0;
+  int final_unit_ = 0;
   Norm final_norm_;
   Matrix head_;
 

@@ -21,13 +21,16 @@ using octet::require;
 
 /// The command line as text and numbers; what was not given has the device's default later.
 struct Arguments {
-  std::string data, json, device = "auto", fp8_recipe = "tensorwise";
+  std::string data, json, load, save, device = "auto", fp8_recipe = "tensorwise";
   std::vector<std::string> levels{"O0", "O1", "O2", "O3"};
   std::optional<int> ranks, layers, width, heads, context, batch;
   std::optional<float> lr;
   float clip_grad = 1.0f;
   int steps = 300, log_every = 20, micro_batches = 1;
   std::string schedule = "auto", windows = "auto";
+  std::optional<std::string> sharding, reduced_gradient;
+  bool offload_states = false;
+  int save_interval = 0, exit_interval = 0;
   std::optional<std::int64_t> bucket_elements;
   std::optional<std::string> fp8_format, amax_compute_algo;
   std::optional<int> amax_history_len, margin;
@@ -82,6 +85,22 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
   app.add_option("--windows", a.windows,
                  "on (ranks read gradients in one another's memory), off (they send them) or auto "
                  "(on with NCCL where the GPUs can; default: auto)");
+  app.add_option("--sharding", a.sharding,
+                 "What is cut over the ranks: none, optimizer, gradients or parameters (ZeRO 0 to "
+                 "3; default: optimizer at O3, else none)");
+  app.add_option("--reduced-gradient", a.reduced_gradient,
+                 "Format of the mean gradient that a cut optimizer reads: f32, or that of the "
+                 "gradients themselves, bf16 or e4m3 (default: f32)");
+  app.add_flag("--offload-states", a.offload_states,
+               "Moments and master weights live in pinned host memory");
+  app.add_option("--load", a.load,
+                 "Go on from the newest checkpoint in this folder, whatever number of ranks and "
+                 "sharding saved it");
+  app.add_option("--save", a.save, "Leave a checkpoint in this folder at the end");
+  app.add_option("--save-interval", a.save_interval,
+                 "... and every so many steps, while training goes on");
+  app.add_option("--exit-interval", a.exit_interval,
+                 "End after so many steps, though --steps plans more");
   app.add_option("--lr", a.lr, "Peak learning rate (default: 2e-3; on CUDA 1e-3)");
   app.add_option("--clip-grad", a.clip_grad,
                  "Norm that gradients are clipped to; 0 for no clipping (default: 1)");
@@ -209,6 +228,18 @@ std::optional<bool> choose_windows(const std::string& text) {
   return text == "on";
 }
 
+std::optional<octet::DType> choose_reduced_gradient(const std::optional<std::string>& text) {
+  if (!text) return std::nullopt;
+  for (octet::DType dtype : octet::kGradientFormats) {
+    if (*text == octet::name_of(dtype)) return dtype;
+  }
+  octet::fail("--reduced-gradient ", *text, ": must be f32, bf16 or e4m3");
+}
+
+octet::Sharding sharding_of(const Options& options, const Setup& setup) {
+  return options.sharding.value_or(octet::sharding_of(setup.level));
+}
+
 /// With overlap what the last bucket takes is not hidden: it must be a small part of the model.
 std::int64_t choose_bucket_elements(std::optional<std::int64_t> asked, octet::Schedule schedule) {
   constexpr std::int64_t kOverlap = std::int64_t{4} << 20;
@@ -240,9 +271,11 @@ void check_fused(const Options& options) {
   require(options.ranks > 1, "--schedule fused: is for several ranks, but --ranks is ",
           options.ranks);
   for (const Setup& setup : options.setups) {
-    require(octet::sharding_of(setup.level) == octet::Sharding::optimizer,
-            "--schedule fused: is for --levels O3, whose optimizer is cut over ranks, not ",
-            setup.name);
+    require(
+        sharding_of(options, setup) == octet::Sharding::optimizer,
+        "--schedule fused: is for --levels O3, whose optimizer is cut over ranks, or --sharding "
+        "optimizer, not ",
+        setup.name);
   }
   require(options.clip_grad == 0.0f, "--schedule fused: needs --clip-grad 0, but it is ",
           options.clip_grad);
@@ -272,6 +305,22 @@ void check_training(const Options& options) {
   }
 }
 
+void check_checkpoints(const Options& options) {
+  require(options.save_interval >= 0, "--save-interval ", options.save_interval,
+          ": must not be negative");
+  require(options.exit_interval >= 0, "--exit-interval ", options.exit_interval,
+          ": must not be negative");
+  require(options.save_interval == 0 || !options.save.empty(), "--save-interval ",
+          options.save_interval, ": --save names no folder");
+  for (const auto& [name, folder] :
+       {std::pair{"--load ", options.load}, {"--save ", options.save}}) {
+    require(folder.empty() || options.setups.size() == 1, name, folder,
+            ": is for one level at a time; --levels names ", options.setups.size());
+  }
+  require(options.load.empty() || std::filesystem::is_directory(options.load), "--load ",
+          options.load, ": there is no such folder");
+}
+
 }  // namespace
 
 std::optional<Options> parse_options(int argc, char** argv) {
@@ -285,6 +334,13 @@ std::optional<Options> parse_options(int argc, char** argv) {
   options.schedule = choose_schedule(arguments.schedule, options.device, options.ranks);
   options.bucket_elements = choose_bucket_elements(arguments.bucket_elements, options.schedule);
   options.windows = choose_windows(arguments.windows);
+  if (arguments.sharding) options.sharding = octet::parse_sharding(*arguments.sharding);
+  options.reduced_gradient = choose_reduced_gradient(arguments.reduced_gradient);
+  options.offload_states = arguments.offload_states;
+  options.load = arguments.load;
+  options.save = arguments.save;
+  options.save_interval = arguments.save_interval;
+  options.exit_interval = arguments.exit_interval;
   options.data = arguments.data;
   for (const std::string& name : arguments.levels) options.setups.push_back(setup_of(name));
   require(!options.setups.empty(), "--levels: at least one level is needed");
@@ -305,6 +361,7 @@ std::optional<Options> parse_options(int argc, char** argv) {
   check_model(options.model);
   check_training(options);
   check_fused(options);
+  check_checkpoints(options);
   return options;
 }
 

@@ -29,7 +29,10 @@ struct Options {
   int ranks = 1;
   octet::Schedule schedule = octet::Schedule::after_backward;
   std::int64_t bucket_elements = 0;
-  std::optional<bool> windows = {};  ///< EngineConfig::windows
+  std::optional<bool> windows = {};              ///< EngineConfig::windows
+  std::optional<octet::Sharding> sharding = {};  ///< default: the level's
+  std::optional<octet::DType> reduced_gradient = {};
+  bool offload_states = false;
   int steps = 300;
   GptConfig model;
   int batch = 0;  ///< rows of the global batch
@@ -38,6 +41,10 @@ struct Options {
   std::uint64_t seed = 0;
   int log_every = 20;
   std::string json;  ///< empty: no file
+  /// Folders of checkpoints; empty: none. Saved every so many steps (0: not), and at the end.
+  std::string load, save;
+  int save_interval = 0;
+  int exit_interval = 0;  ///< steps after which this run ends, of those that --steps plans; 0: all
 
   bool is_launched() const { return launch.size > 1; }
   /// Rows of a micro-batch on a rank.

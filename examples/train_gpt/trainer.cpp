@@ -87,16 +87,20 @@ class RankTrainer {
         gemms_(ctx_),
         engine_(ctx_, comm_,
                 {.level = setup.level,
+                 .sharding = options.sharding,
                  .formats = engine_formats(setup, options.model.fp8.recipe),
                  .adamw = {.weight_decay = kWeightDecay, .seed = options.seed},
+                 .reduced_gradient = options.reduced_gradient,
                  .bucket_elements = options.bucket_elements,
                  .schedule = options.schedule,
                  .windows = options.windows,
                  .clipping = options.clip_grad > 0.0f,
-                 .micro_batches = options.model.micro_batches}),
+                 .micro_batches = options.model.micro_batches,
+                 .offload_states = options.offload_states}),
         model_(ctx_, engine_, gemms_, rank.kernels, options.model, options.rows_per_pass(),
                options.seed),
-        wire_before_(comm_.wire_bytes().payload),
+        checkpoints_(engine_, comm_, options.save),
+        wire_before_(wire_now(0)),
         windows_(ctx_, static_cast<std::size_t>(options.rows_per_pass()) *
                            static_cast<std::size_t>(options.model.context + 1)),
         losses_(ctx_, octet::DType::f32,
@@ -106,6 +110,7 @@ class RankTrainer {
 
   RankReport run(Progress& progress) {
     RankReport report;
+    if (!options_.load.empty()) load();
     train(report, progress);
     validate(report.numbers);
     report.numbers.peak = ctx_.memory_use().peak;
@@ -116,17 +121,62 @@ class RankTrainer {
   }
 
  private:
+  static constexpr const char* kNextStep = "train_gpt.next_step";
+
+  /// Weights, optimizer and delayed scaling as they were, and the step that comes next.
+  void load() {
+    const octet::CheckpointInfo info =
+        octet::load_checkpoint(engine_, comm_, options_.load, {.extras = model_.extra_states()});
+    model_.restored();
+    first_step_ = std::stoi(info.metadata.at(kNextStep));
+    octet::require(first_step_ < options_.steps, "--load ", options_.load, ": ", first_step_,
+                   " steps are done; --steps must be larger, not ", options_.steps);
+    wire_before_ = wire_now(0);
+  }
+
+  /// Payload bytes that the communicator has carried so far, and what `steps` steps and the gathers
+  /// of units until now make of the plan.
+  Bytes wire_now(int steps) const {
+    const octet::Plan& plan = engine_.plan();
+    Bytes wire = {plan.wire_bytes_per_step * static_cast<std::uint64_t>(steps),
+                  comm_.wire_bytes().payload};
+    for (std::size_t u = 0; u < plan.unit_gather_bytes.size(); ++u) {
+      wire.planned += plan.unit_gather_bytes[u] *
+                      static_cast<std::uint64_t>(engine_.unit_gathers(static_cast<int>(u)));
+    }
+    return wire;
+  }
+
+  /// The number of steps that are done when this run ends.
+  int last_step() const {
+    return options_.exit_interval == 0
+               ? options_.steps
+               : std::min(options_.steps, first_step_ + options_.exit_interval);
+  }
+
+  /// At the end, and every --save-interval steps: a copy is made, and training goes on while it is
+  /// written.
+  void save_after(int done) {
+    if (options_.save.empty()) return;
+    const bool is_end = done == last_step();
+    if (!is_end && (options_.save_interval == 0 || done % options_.save_interval != 0)) return;
+    checkpoints_.start(
+        {.extras = model_.extra_states(), .metadata = {{kNextStep, std::to_string(done)}}});
+    if (is_end) checkpoints_.finish();
+  }
+
   void train(RankReport& report, Progress& progress) {
     using Clock = std::chrono::steady_clock;
     const int every = options_.device == octet::DeviceType::cuda ? kCudaStepsPerRead : 1;
     std::vector<double> seconds;  // per step, between two reads
     std::optional<octet::StepResult> result;
     Clock::time_point start = Clock::now();
-    for (int step = 0; step < options_.steps; ++step) {
+    for (int step = first_step_; step < last_step(); ++step) {
       result.emplace(train_step(step));
       const int done = step + 1;
-      if (done % every != 0 && done != options_.steps) continue;
-      const auto read = static_cast<int>(report.losses.size());
+      save_after(done);
+      if (done % every != 0 && done != last_step()) continue;
+      const int read = first_step_ + static_cast<int>(report.losses.size());
       read_losses(report.losses, done);
       const Clock::time_point now = Clock::now();
       seconds.push_back(std::chrono::duration<double>(now - std::exchange(start, now)).count() /
@@ -135,7 +185,8 @@ class RankTrainer {
       if (rank_ == 0) progress.update(done, mean);
     }
     RankNumbers& numbers = report.numbers;
-    numbers.wire.measured = comm_.wire_bytes().payload - wire_before_;
+    const Bytes wire = wire_now(last_step() - first_step_);
+    numbers.wire = {wire.planned - wire_before_.planned, wire.measured - wire_before_.measured};
     numbers.fp8_gemms = gemms_.counts().fp8;
     numbers.converted_gemms = gemms_.counts().with_conversion;
     numbers.skipped_steps = result->skipped.read_sync();
@@ -162,7 +213,6 @@ class RankTrainer {
     numbers.fp8_parameters = plan.fp8_parameters;
     numbers.managed_state = {plan.state_bytes(true, false), plan.state_bytes(true, true)};
     numbers.all_state = {plan.state_bytes(false, false), plan.state_bytes(false, true)};
-    numbers.wire.planned = plan.wire_bytes_per_step * static_cast<std::uint64_t>(options_.steps);
     const auto compare = [&](const std::string& what, const Bytes& bytes) {
       if (bytes.planned == bytes.measured) return;
       report.disagreements.push_back("rank " + std::to_string(rank_) + ", " + what + ": " +
@@ -179,7 +229,7 @@ class RankTrainer {
   /// Those of the steps up to `done`, each the mean of its micro-batches. Waits for the stream.
   void read_losses(std::vector<float>& losses, int done) {
     const auto parts = static_cast<std::size_t>(micro_batches());
-    const std::size_t from = losses.size() * parts;
+    const std::size_t from = (static_cast<std::size_t>(first_step_) + losses.size()) * parts;
     const auto fresh = octet::read_sync<float>(ctx_, losses_.as<float>() + from,
                                                static_cast<std::size_t>(done) * parts - from);
     in_flight_.clear();
@@ -251,7 +301,9 @@ class RankTrainer {
   octet::GemmRegistry gemms_;
   octet::Engine engine_;
   Gpt model_;
-  std::uint64_t wire_before_;  ///< payload that the communicator has carried for others
+  octet::CheckpointWriter checkpoints_;
+  int first_step_ = 0;
+  Bytes wire_before_;  ///< when training began
   octet::Buffer windows_;
   octet::Tensor losses_;                 ///< one per micro-batch
   octet::Buffer own_loss_, all_losses_;  ///< of one step: of this rank, of every rank
@@ -292,13 +344,13 @@ RunResult summarise(const Options& options, const Setup& setup,
   result.parameters = first.parameters;
   result.fp8 = options.model.fp8;
   const auto per_step = [&](std::int64_t count) {
-    return static_cast<double>(count) / options.steps;
+    return static_cast<double>(count) / static_cast<double>(reports.front().losses.size());
   };
   result.fp8_gemms_per_step = per_step(first.fp8_gemms);
   result.converted_gemms_per_step = per_step(first.converted_gemms);
   result.step_seconds = first.step_seconds;
   result.skipped_steps = first.skipped_steps;
-  result.losses.assign(static_cast<std::size_t>(options.steps), 0.0f);
+  result.losses.assign(reports.front().losses.size(), 0.0f);
   for (const RankReport& report : reports) {
     const RankNumbers& numbers = report.numbers;
     const auto add = [](Figure& figure, const Bytes& bytes, double per) {
@@ -307,7 +359,7 @@ RunResult summarise(const Options& options, const Setup& setup,
     };
     add(result.state_bytes_managed, numbers.managed_state, managed);
     add(result.state_bytes_all, numbers.all_state, all);
-    add(result.wire_bytes, numbers.wire, all * options.steps);
+    add(result.wire_bytes, numbers.wire, all * static_cast<double>(report.losses.size()));
     result.peak_bytes = std::max(result.peak_bytes, numbers.peak);
     result.validation_loss += numbers.validation_loss;
     for (std::size_t i = 0; i < result.losses.size(); ++i) {
