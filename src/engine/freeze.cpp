@@ -28,9 +28,12 @@ void Engine::Impl::build() try {
 }
 
 void Engine::Impl::allocate_parameters() {
+  const std::size_t in_use = memory_in_use();
   flag = upload_sync<TensorScale>(ctx, std::vector<TensorScale>(1));
   gathered_flags =
       Buffer(comm.context(), static_cast<std::size_t>(comm.size()) * sizeof(TensorScale));
+  plan.count("communication", true, false, flag.bytes() + gathered_flags.bytes(),
+             memory_in_use() - in_use);
   const std::vector<TensorScale> ones(params.size());
   auto* scales = static_cast<TensorScale*>(
       window != nullptr ? take_from_window(ones.size() * sizeof(TensorScale)) : nullptr);

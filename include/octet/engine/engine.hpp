@@ -44,7 +44,7 @@ struct EngineConfig {
   /// When buckets are reduced, and whether into means. Default: overlap where the communicator's
   /// context has a stream of its own, which it needs, else after_backward, which with sharded
   /// gradients is as late as their memory allows. With sharded weights release() says when. fused
-  /// needs an optimizer cut over several ranks and gradients that are not.
+  /// needs an optimizer cut over several ranks, gradients that are not, and means in f32.
   std::optional<Schedule> schedule = {};
   /// Whether ranks read and write one another's memory (Communicator::make_window()): gradients,
   /// their scales and, of an optimizer cut over ranks, whole weights then lie in a window. Default:

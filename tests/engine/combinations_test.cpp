@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every combination of level, formats, reduced gradient, sharding, communicator, number of ranks,
+// schedule and place of the states either does what its plan says, to the byte, or is refused on
+// every rank with the reason.
+#include "support/catch.hpp"
+#include "support/engine_walk.hpp"
+
+namespace octet::test {
+namespace {
+
+/// Ranks that share a GPU keep to one stream each, and to no kernels that wait for one another.
+Axes axes_on(DeviceType device) {
+  if (device == DeviceType::cuda) return {{Link::single, Link::threads}, {1, 2, 3}};
+  return {{Link::single, Link::threads, Link::windows, Link::apart, Link::windows_apart},
+          {1, 2, 3, 5, 8}};
+}
+
+std::vector<WalkResult> walk_ranks(const Combination& c, DeviceType device) {
+  std::vector<WalkResult> results(static_cast<std::size_t>(c.ranks));
+  const auto run = [&](Communicator& comm) {
+    const Context ctx = c.is_apart() ? Context::cpu() : comm.context();
+    results[static_cast<std::size_t>(comm.rank())] = walk(ctx, comm, c);
+  };
+  if (c.link != Link::single) {
+    run_ranks(c.ranks, run, device);
+  } else {
+    const auto comm = make_single(rank_context(device, 0));
+    run(*comm);
+  }
+  return results;
+}
+
+}  // namespace
+
+TEST_CASE("combinations that run do what the plan says, and end with the same weights") {
+  for (DeviceType device : rank_devices()) {
+    WeightTable table;
+    const std::vector<Combination> list = covering(axes_on(device), true);
+    CHECK(list.size() > 100);
+    for (const Combination& c : list) {
+      INFO(describe(c) << ", cuda " << (device == DeviceType::cuda));
+      for (const WalkResult& rank : walk_ranks(c, device)) {
+        CHECK(rank.error == "no error");
+        CHECK(rank.wrong == "");
+        CHECK(table.compare(c, rank.weights) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("combinations that do not run are refused on every rank with the reason") {
+  for (DeviceType device : rank_devices()) {
+    const std::vector<Combination> list = covering(axes_on(device), false);
+    CHECK(list.size() > 100);
+    for (const Combination& c : list) {
+      INFO(describe(c) << ", cuda " << (device == DeviceType::cuda));
+      for (const WalkResult& rank : walk_ranks(c, device)) {
+        CHECK(unexplained(rank.error, refusals(c)) == "");
+      }
+    }
+  }
+}
+
+}  // namespace octet::test
