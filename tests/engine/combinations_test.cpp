@@ -2,6 +2,7 @@
 // Every combination of level, formats, reduced gradient, sharding, communicator, number of ranks,
 // schedule and place of the states either does what its plan says, to the byte, or is refused on
 // every rank with the reason.
+#include "octet/comm/nccl.hpp"
 #include "support/catch.hpp"
 #include "support/engine_walk.hpp"
 
@@ -13,6 +14,25 @@ Axes axes_on(DeviceType device) {
   if (device == DeviceType::cuda) return {{Link::single, Link::threads}, {1, 2, 3}};
   return {{Link::single, Link::threads, Link::windows, Link::apart, Link::windows_apart},
           {1, 2, 3, 5, 8}};
+}
+
+/// Of every rank, each with a GPU, what it says of every combination.
+std::vector<std::vector<WalkResult>> walk_nccl(const std::vector<Combination>& list, int ranks) {
+  const NcclId id = make_nccl_id();
+  std::vector<std::vector<WalkResult>> results(static_cast<std::size_t>(ranks));
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      std::vector<WalkResult>& mine = results[static_cast<std::size_t>(rank)];
+      const std::string error = error_of([&] {
+        const auto comm = create_nccl(id, rank, ranks, Context::cuda(rank, nullptr));
+        for (const Combination& c : list) mine.push_back(walk(comm->context(), *comm, c));
+      });
+      mine.resize(list.size(), {.error = error, .wrong = {}, .weights = {}});
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return results;
 }
 
 std::vector<WalkResult> walk_ranks(const Combination& c, DeviceType device) {
@@ -43,6 +63,29 @@ TEST_CASE("combinations that run do what the plan says, and end with the same we
         CHECK(rank.error == "no error");
         CHECK(rank.wrong == "");
         CHECK(table.compare(c, rank.weights) == "");
+      }
+    }
+  }
+}
+
+// Over windows where the devices can; which rules refuse what does not depend on the communicator.
+TEST_CASE("over NCCL combinations that run do what the plan says, and end with the same weights") {
+  if (!has_nccl() || cuda_device_count() == 0) {
+    WARN("skipped: no NCCL or no CUDA device");
+    return;
+  }
+  WeightTable table;
+  for (int ranks : {1, 2, 3}) {
+    if (ranks > cuda_device_count()) continue;
+    const auto list = covering({{Link::nccl, Link::nccl_windows}, {ranks}}, true);
+    for (const std::vector<WalkResult>& rank : walk_nccl(list, ranks)) {
+      for (std::size_t i = 0; i < list.size(); ++i) {
+        const bool is_refused = rank[i].error.find("there can be none") != std::string::npos;
+        if (list[i].has_windows() && is_refused) continue;
+        INFO(describe(list[i]));
+        CHECK(rank[i].error == "no error");
+        CHECK(rank[i].wrong == "");
+        CHECK(table.compare(list[i], rank[i].weights) == "");
       }
     }
   }

@@ -15,7 +15,18 @@
 
 namespace octet::test {
 
-enum class Link { single, threads, windows, apart, windows_apart, mpi, mpi_windows, mpi_apart };
+enum class Link {
+  single,
+  threads,
+  windows,
+  apart,
+  windows_apart,
+  mpi,
+  mpi_windows,
+  mpi_apart,
+  nccl,
+  nccl_windows
+};
 /// Rows that are multiples of 16, others, a parameter of three dimensions.
 enum class Shapes { even, odd, cube };
 
@@ -31,7 +42,8 @@ struct Combination {
   Shapes shapes = Shapes::even;
 
   bool has_windows() const {
-    return link == Link::windows || link == Link::windows_apart || link == Link::mpi_windows;
+    return link == Link::windows || link == Link::windows_apart || link == Link::mpi_windows ||
+           link == Link::nccl_windows;
   }
   /// Whether engine and communicator have a context each.
   bool is_apart() const {
@@ -84,7 +96,9 @@ inline std::string name_of(Link link) {
                                     "threads with windows, two contexts",
                                     "mpi",
                                     "mpi with windows",
-                                    "mpi, two contexts"};
+                                    "mpi, two contexts",
+                                    "nccl",
+                                    "nccl with windows"};
   return kNames[static_cast<int>(link)];
 }
 
