@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // An engine and its communicator on two streams of a device: the bits of the CPU, with either
 // stream late, and in a captured step.
-#include <chrono>
-#include <mutex>
-#include <thread>
-
 #include "octet/comm/nccl.hpp"
 #include "octet/ops/quantize.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
 #include "support/cuda_stream.hpp"
 #include "support/engine_model.hpp"
+#include "support/late_streams.hpp"
 
 namespace octet::test {
 namespace {
@@ -30,48 +27,6 @@ RunOptions options_of(Level level, int ranks, std::int64_t bucket_elements, int 
   options.max_norm = 0.5f;
   return options;
 }
-
-/// A stream that lives until the program ends: contexts of several threads use it.
-CUstream_st* lasting_stream() {
-  cudaStream_t stream = nullptr;
-  if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) {
-    fail("no stream can be made");
-  }
-  return stream;
-}
-
-Context beside(const Context& comm) {
-  if (cudaSetDevice(comm.device().index) != cudaSuccess) fail("no device");
-  return Context::cuda(comm.device().index, lasting_stream());
-}
-
-/// Holds up all that is enqueued on a stream from here on.
-void delay(CUstream_st* stream) {
-  const auto sleep = [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(2)); };
-  if (cudaLaunchHostFunc(stream, sleep, nullptr) != cudaSuccess) fail("no host function");
-}
-
-/// A communicator whose collectives start late.
-class Late final : public Communicator {
- public:
-  explicit Late(Communicator& inner) : Communicator(inner.context()), inner_(inner) {}
-  int rank() const override { return inner_.rank(); }
-  int size() const override { return inner_.size(); }
-  std::string name() const override { return inner_.name(); }
-
- protected:
-  void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) override {
-    delay(context().stream());
-    inner_.exchange(sends, recvs);
-  }
-  void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
-    delay(context().stream());
-    inner_.all_gather(send, recv, bytes);
-  }
-
- private:
-  Communicator& inner_;
-};
 
 /// All gradients of a rank in device memory, so that steps need no wait.
 class Gradients {

@@ -4,13 +4,16 @@
 
 #include <cuda_runtime_api.h>
 
-#include "support/catch.hpp"
+#include "octet/core/error.hpp"
 
 namespace octet::test {
 
 class Stream {
  public:
-  Stream() { REQUIRE(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) == cudaSuccess); }
+  Stream() {
+    require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) == cudaSuccess,
+            "cudaStreamCreateWithFlags failed");
+  }
   ~Stream() { cudaStreamDestroy(stream_); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -20,15 +23,18 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-/// What a callable enqueues on a stream, captured.
+/// What a callable enqueues on a stream, captured. Errors are exceptions, so that ranks that are
+/// threads can capture too.
 class Graph {
  public:
   template <class Enqueue>
   Graph(cudaStream_t stream, Enqueue enqueue) : stream_(stream) {
-    REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess,
+            "cudaStreamBeginCapture failed");
     enqueue();
-    REQUIRE(cudaStreamEndCapture(stream, &graph_) == cudaSuccess);
-    REQUIRE(cudaGraphInstantiate(&executable_, graph_, 0) == cudaSuccess);
+    require(cudaStreamEndCapture(stream, &graph_) == cudaSuccess, "cudaStreamEndCapture failed");
+    require(cudaGraphInstantiate(&executable_, graph_, 0) == cudaSuccess,
+            "cudaGraphInstantiate failed");
   }
   ~Graph() {
     cudaGraphExecDestroy(executable_);
@@ -36,7 +42,9 @@ class Graph {
   }
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
-  void launch() { REQUIRE(cudaGraphLaunch(executable_, stream_) == cudaSuccess); }
+  void launch() {
+    require(cudaGraphLaunch(executable_, stream_) == cudaSuccess, "cudaGraphLaunch failed");
+  }
 
  private:
   cudaStream_t stream_;
