@@ -94,7 +94,9 @@ class PassesRun {
         comm_(comm),
         options_(options),
         engine_(ctx, comm, options.config),
-        log_(ctx, static_cast<std::size_t>(options.steps) * log_bytes_per_step()) {
+        log_(ctx, static_cast<std::size_t>(options.steps) * log_bytes_per_step()),
+        here_(comm.context(), 4),
+        all_here_(comm.context(), 4 * static_cast<std::size_t>(comm.size())) {
     add_parameters(engine_, ctx, keep_);
     engine_.freeze();
     for (int step = 1; step <= options.steps; ++step) {
@@ -104,8 +106,7 @@ class PassesRun {
         }
       }
     }
-    // Ranks on one device: nobody takes or frees memory while another's kernel waits for a rank.
-    all_gather_text_sync(comm, "ready");
+    meet();
   }
 
   /// Every gradient is cleared once it has been handed over: the engine must be done with it.
@@ -125,6 +126,7 @@ class PassesRun {
       const StepResult done = engine_.step({.lr = options_.lr, .max_norm = max_norm});
       log_.add(done.norm.device_pointer(), sizeof(float));
       if (step < options_.steps) continue;
+      meet();
       result.held.step = done.step.read_sync();
       result.held.skipped = done.skipped.read_sync();
     }
@@ -132,12 +134,20 @@ class PassesRun {
     result.held = read_back(engine_, ctx_);
     std::tie(result.held.step, result.held.skipped) = counts;
     result.seen = log_.bytes();
-    ctx_.synchronize();
-    comm_.context().synchronize();
+    meet();
     return result;
   }
 
  private:
+  /// Waits until all ranks have done all work. Over windows kernels of ranks that share a GPU wait
+  /// for one another, while freeing memory and copying much wait for all kernels of the GPU: so
+  /// steps lie between two of these calls, apart from that.
+  void meet() {
+    ctx_.synchronize();
+    comm_.all_gather(here_.data(), all_here_.data(), 4);
+    comm_.synchronize();
+  }
+
   const Buffer& gradient_of(int step, int m, std::size_t p) const {
     const auto batch = static_cast<std::size_t>((step - 1) * options_.config.micro_batches + m);
     return gradients_[batch * model_params().size() + p];
@@ -148,6 +158,7 @@ class PassesRun {
   const RunOptions& options_;
   Engine engine_;
   Log log_;
+  Buffer here_, all_here_;  ///< what meet() gathers, of no meaning
   std::vector<Buffer> keep_, gradients_;
 };
 
