@@ -67,12 +67,11 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
           "Engine: formats: weight is none; the engine hands out weights (AdamW alone can do "
           "without)");
   // What a panel's owner writes of these does not lie together, so it does not travel as it is.
-  require(!impl_->sharded() || (formats.weight != WeightFormat::e4m3_row_block &&
-                                (!is_transposed(formats.weight) || impl_->shards_weights())),
+  require(!impl_->sharded() || formats.weight != WeightFormat::e4m3_row_block,
           "Engine: formats: weight is ", name_of(formats.weight), " and sharding is ",
           name_of(impl_->plan.sharding), " over ", comm.size(),
-          " ranks; with that the weight may be f32, bf16, e4m3 or e4m3_tile",
-          impl_->shards_weights() ? ", or one of the last two with its transpose" : "");
+          " ranks; with that the weight may be f32, bf16, e4m3 or e4m3_tile, or one of the last "
+          "two with its transpose");
 }
 
 Engine::~Engine() = default;
@@ -101,11 +100,11 @@ ParamId Engine::add(const ParamSpec& spec) {
   check_formats("parameter \"" + spec.name + "\"", param.formats.state, hyper);
   require(spec.unit >= 0, "parameter \"", spec.name, "\": unit is ", spec.unit,
           "; it must not be negative");
-  require(!e.shards_weights() || !is_transposed(param.formats.state.weight) ||
+  require(!e.sharded() || !is_transposed(param.formats.state.weight) ||
               padded_rows(spec.shape[0]) == spec.shape[0],
           "parameter \"", spec.name, "\": formats.weight is ", name_of(param.formats.state.weight),
-          " and sharding is parameters, so rows must be a ", "multiple of 16, but the shape is ",
-          spec.shape);
+          " and sharding is ", name_of(e.plan.sharding), " over ", e.comm.size(),
+          " ranks, so rows must be a multiple of 16, but the shape is ", spec.shape);
   e.params.push_back(std::move(param));
   return {static_cast<int>(e.params.size()) - 1};
 }
@@ -121,6 +120,8 @@ void Engine::freeze() {
   e.failed = false;
   e.frozen = true;
 }
+
+const ParamSpec& Engine::spec(ParamId id) const { return impl_->param(id, "spec").spec; }
 
 WeightFormat Engine::weight_format(ParamId id) const {
   return impl_->param(id, "weight_format").formats.state.weight;
@@ -149,7 +150,7 @@ BlockScaledView Engine::block_weight(ParamId id) const {
   require(has_block_scales(p.formats.state.weight),
           "Engine::block_weight: the weight of parameter \"", p.spec.name, "\" is ",
           name_of(p.formats.state.weight), ", which has no scales of blocks");
-  if (!impl_->shards_weights()) return impl_->adamw->block_weight(id.index);
+  if (!impl_->shards_weights()) return impl_->stored_weight(id.index);
   return {.data = impl_->whole_weight(id, "block_weight"),
           .granularity = granularity_of(p.formats.state.weight),
           .scales = impl_->units->weight_scales(id.index)};
@@ -160,7 +161,7 @@ BlockScaledView Engine::block_weight_transposed(ParamId id) const {
   require(p.formats.state.weight == WeightFormat::e4m3_tile_and_transpose,
           "Engine::block_weight_transposed: the weight of parameter \"", p.spec.name, "\" is ",
           name_of(p.formats.state.weight), "; only e4m3_tile_and_transpose has this copy");
-  if (!impl_->shards_weights()) return impl_->adamw->block_weight_transposed(id.index);
+  if (!impl_->shards_weights()) return impl_->stored_transposed(id.index);
   return {.data = impl_->whole_transposed(id, "block_weight_transposed"),
           .granularity = granularity_of(p.formats.state.weight),
           .scales = impl_->units->transposed_scales(id.index)};
@@ -235,6 +236,7 @@ void Engine::Impl::gather_weights() {
   max_amax(comm.context(), gathered_scales.as<const TensorScale>(), comm.size(),
            adamw->scale_count(), adamw->scales());
   streams.join();
+  if (turns_weights()) transpose_weights();
 }
 
 const Plan& Engine::plan() const {

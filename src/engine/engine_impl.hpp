@@ -30,6 +30,7 @@ struct Engine::Impl {
     Tensor gradient;     ///< this rank's, whole: its own memory or, of sharded ones, part of a slot
     Tensor accumulator;  ///< of micro-batches, where they are not summed in `gradient`
     float* weight_blocks = nullptr;  ///< in a window: the scales of the weight's tiles
+    Buffer transposed_blocks;        ///< scales of the copy's tiles, where AdamW has no copy
     Tensor shard;  ///< sharded, where it is kept apart: the mean of the owned pieces
     TensorScale* gradient_scale = nullptr;
     std::vector<Piece> pieces;  ///< what this rank updates
@@ -74,6 +75,9 @@ struct Engine::Impl {
   void make_window();
   std::vector<std::size_t> window_parts() const;
   void allocate_parameters();
+  void allocate_weight(Param& p);
+  void allocate_tensor(const char* what, const Param& p, Tensor& tensor, DType dtype,
+                       const Shape& shape, bool for_peers);
   void allocate_slots();
   void make_units();
   void allocate_accumulators();
@@ -105,6 +109,9 @@ struct Engine::Impl {
   bool sharded() const { return plan.sharding != Sharding::none && comm.size() > 1; }
   bool shards_gradients() const { return sharded() && plan.sharding >= Sharding::gradients; }
   bool shards_weights() const { return sharded() && plan.sharding == Sharding::parameters; }
+  /// Whether the engine makes the transposed copies of weights that every rank has whole: AdamW
+  /// writes this rank's panels alone.
+  bool turns_weights() const { return sharded() && !shards_weights(); }
   /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
   bool fused() const { return sharded() && schedule() == Schedule::fused; }
   bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }
@@ -154,7 +161,11 @@ struct Engine::Impl {
   void finish_gradients(bool sums_contributions);
 
   ParamState state_of(int i) const;
-  /// The transposed copy from the codes, for formats that have one.
+  /// A weight that is not cut, and its transposed copy, with scales of blocks if they have them.
+  BlockScaledView stored_weight(int i) const;
+  BlockScaledView stored_transposed(int i) const;
+  /// The transposed copies from the codes, for formats that have one.
+  void transpose_weights();
   void transpose_weight(int i);
 
   /// Any rank's flag becomes every rank's.

@@ -48,33 +48,44 @@ void Engine::Impl::allocate_parameters() {
   }
   if (shards_gradients()) allocate_slots();
   for (Param& p : params) {
-    const Shape& shape = p.spec.shape;
-    const std::uint64_t numel = static_cast<std::uint64_t>(shape.numel());
-    auto allocate = [&](const char* what, Tensor& tensor, DType dtype, const Shape& as,
-                        bool for_peers = false) {
-      const std::size_t before = ctx.memory_use().current, taken = window_taken;
-      const std::size_t bytes = numel * size_of(dtype);
-      tensor = for_peers ? Tensor::over({take_from_window(bytes), dtype, as, ctx.device()})
-                         : Tensor(ctx, dtype, as);
-      plan.count(what, p.managed, true, bytes,
-                 ctx.memory_use().current - before + window_taken - taken);
-    };
-    const bool shares_weights = window != nullptr && sharded() && !shards_weights();
-    if (!shards_weights()) {
-      allocate("weight", p.weight, dtype_of(p.formats.state.weight), shape, shares_weights);
-    }
-    if (shares_weights && has_block_scales(p.formats.state.weight)) {
-      p.weight_blocks =
-          static_cast<float*>(take_from_window(weight_scale_bytes(p.formats.state.weight, shape)));
-    }
-    if (is_transposed(p.formats.state.weight) && !shards_weights()) {
-      allocate("transposed weight", p.weight_transposed, DType::e4m3, {shape[1], shape[0]});
-    }
+    if (!shards_weights()) allocate_weight(p);
     if (!shards_gradients()) {
-      allocate("gradient", p.gradient, p.formats.gradient, shape, window != nullptr);
+      allocate_tensor("gradient", p, p.gradient, p.formats.gradient, p.spec.shape,
+                      window != nullptr);
     }
   }
   if (config.micro_batches > 1) allocate_accumulators();
+}
+
+// What peers write lies in the window; transposed copies are every rank's own.
+void Engine::Impl::allocate_weight(Param& p) {
+  const WeightFormat format = p.formats.state.weight;
+  const Shape& shape = p.spec.shape;
+  const bool for_peers = window != nullptr && sharded();
+  allocate_tensor("weight", p, p.weight, dtype_of(format), shape, for_peers);
+  if (for_peers && has_block_scales(format)) {
+    p.weight_blocks =
+        static_cast<float*>(take_from_window(weight_scale_bytes(without_transpose(format), shape)));
+  }
+  if (!is_transposed(format)) return;
+  allocate_tensor("transposed weight", p, p.weight_transposed, DType::e4m3, {shape[1], shape[0]},
+                  false);
+  if (!turns_weights() || !has_block_scales(format)) return;
+  const auto bytes =
+      static_cast<std::size_t>(scale_bytes(granularity_of(format), shape[1], shape[0]));
+  const std::size_t before = ctx.memory_use().current;
+  p.transposed_blocks = Buffer(ctx, bytes);
+  plan.count("weight scales", p.managed, true, bytes, ctx.memory_use().current - before);
+}
+
+void Engine::Impl::allocate_tensor(const char* what, const Param& p, Tensor& tensor, DType dtype,
+                                   const Shape& shape, bool for_peers) {
+  const std::size_t before = ctx.memory_use().current, taken = window_taken;
+  const std::size_t bytes = static_cast<std::size_t>(shape.numel()) * size_of(dtype);
+  tensor = for_peers ? Tensor::over({take_from_window(bytes), dtype, shape, ctx.device()})
+                     : Tensor(ctx, dtype, shape);
+  plan.count(what, p.managed, true, bytes,
+             ctx.memory_use().current - before + window_taken - taken);
 }
 
 void Engine::Impl::allocate_accumulators() {
@@ -138,9 +149,10 @@ void Engine::Impl::allocate_optimizer() {
     a.gradient = p.gradient.view();
     a.gradient_scale = p.gradient_scale;
     a.weight = p.weight.view();
-    a.weight_transposed = p.weight_transposed.view();
     a.group = p.spec.group;
+    if (!sharded()) a.weight_transposed = p.weight_transposed.view();
     if (sharded()) {
+      a.formats.weight = without_transpose(a.formats.weight);
       a.gradient_is_shard = !reduces_in_place(p);
       if (a.gradient_is_shard) a.gradient = p.shard.view();
       a.pieces = p.pieces;
@@ -149,7 +161,6 @@ void Engine::Impl::allocate_optimizer() {
     }
     if (shards_weights()) {
       const int i = static_cast<int>(list.size());
-      a.formats.weight = without_transpose(a.formats.weight);
       a.weight = units->shard(i);
       a.weight_is_shard = true;
       a.weight_blocks = units->blocks(i);
@@ -184,7 +195,8 @@ void Engine::Impl::allocate_optimizer() {
     count_state("m", p, state_bytes(f.m, owned), bytes.m);
     count_state("v", p, state_bytes(f.v, owned), bytes.v);
     if (has_block_scales(f.weight) && !shards_weights()) {
-      const std::uint64_t scales = weight_scale_bytes(f.weight, p.spec.shape);
+      const std::uint64_t scales = weight_scale_bytes(
+          turns_weights() ? without_transpose(f.weight) : f.weight, p.spec.shape);
       plan.count("weight scales", p.managed, true, scales,
                  p.weight_blocks != nullptr ? scales : bytes.weight_blocks);
     }
@@ -285,6 +297,7 @@ void Engine::Impl::initialise() {
   const std::vector<float> amax =
       visit_initial_values_sync([this](std::size_t i, const TensorView& values) {
         adamw->initialise(static_cast<int>(i), values);
+        if (turns_weights()) transpose_weight(static_cast<int>(i));
       });
   for (std::size_t i = 0; i < params.size(); ++i) {
     Param& p = params[i];
@@ -419,7 +432,9 @@ void Engine::Impl::describe() {
     plan.weight_gather = window != nullptr
                              ? "written by the owner's update to every rank's memory, as stored"
                              : "written by the owner's update, gathered as stored";
-    if (has_block_scales(plan.formats.state.weight)) plan.weight_gather += ", scales included";
+    const WeightFormat format = plan.formats.state.weight;
+    if (has_block_scales(format)) plan.weight_gather += ", scales included";
+    if (is_transposed(format)) plan.weight_gather += ", transposed copies made by every rank";
   } else {
     plan.weight_gather = "written by every rank's own update";
   }

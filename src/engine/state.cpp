@@ -5,8 +5,7 @@
 #include <algorithm>
 
 #include "engine/engine_impl.hpp"
-#include "octet/ops/block_quantize.hpp"
-#include "octet/ops/quantize.hpp"
+#include "engine/turn_weight.hpp"
 
 namespace octet {
 namespace {
@@ -128,29 +127,43 @@ void Engine::state_loaded() {
     e.ctx.synchronize();
     return;
   }
-  for (std::size_t i = 0; i < e.params.size(); ++i) e.transpose_weight(static_cast<int>(i));
+  e.transpose_weights();
   e.ctx.synchronize();
 }
 
-// The casts pad rows to a multiple of 16, the optimizer's copy has none: odd ones go through a
-// copy.
+BlockScaledView Engine::Impl::stored_weight(int i) const {
+  const Param& p = params[static_cast<std::size_t>(i)];
+  const WeightFormat format = p.formats.state.weight;
+  if (has_block_scales(format)) return adamw->block_weight(i);
+  return {.data = p.weight.view(), .granularity = granularity_of(format)};
+}
+
+BlockScaledView Engine::Impl::stored_transposed(int i) const {
+  const Param& p = params[static_cast<std::size_t>(i)];
+  const WeightFormat format = p.formats.state.weight;
+  if (has_block_scales(format) && !turns_weights()) return adamw->block_weight_transposed(i);
+  return {.data = p.weight_transposed.view(),
+          .granularity = granularity_of(format),
+          .scales = p.transposed_blocks.data()};
+}
+
+void Engine::Impl::transpose_weights() {
+  for (std::size_t i = 0; i < params.size(); ++i) transpose_weight(static_cast<int>(i));
+}
+
+// The casts pad rows to a multiple of 16, the optimizer's copy has none: odd ones, which only
+// optimizers that are not cut have, go through a copy.
 void Engine::Impl::transpose_weight(int i) {
   const Param& p = params[static_cast<std::size_t>(i)];
   const WeightFormat format = p.formats.state.weight;
   if (!is_transposed(format) || p.spec.shape.numel() == 0) return;
   const std::int64_t rows = p.spec.shape[0], columns = p.spec.shape[1];
-  const bool padded = padded_rows(rows) != rows;
-  Tensor wide;
-  if (padded) wide = Tensor(ctx, DType::e4m3, {columns, padded_rows(rows)});
-  const TensorView& out = padded ? wide.view() : p.weight_transposed.view();
-  if (has_block_scales(format)) {
-    BlockScaledView blocks = adamw->block_weight_transposed(i);
-    blocks.data = out;
-    transpose_tiles(ctx, adamw->block_weight(i), blocks);
-  } else {
-    transpose(ctx, p.weight, out);
-  }
-  for (std::int64_t c = 0; padded && c < columns; ++c) {
+  BlockScaledView copy = stored_transposed(i);
+  if (padded_rows(rows) == rows) return turn_weight(ctx, stored_weight(i), copy);
+  const Tensor wide(ctx, DType::e4m3, {columns, padded_rows(rows)});
+  copy.data = wide.view();
+  turn_weight(ctx, stored_weight(i), copy);
+  for (std::int64_t c = 0; c < columns; ++c) {
     copy_bytes(ctx, p.weight_transposed.as<std::byte>() + c * rows,
                wide.as<std::byte>() + c * padded_rows(rows), static_cast<std::size_t>(rows));
   }

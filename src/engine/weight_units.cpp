@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <exception>
 
-#include "octet/ops/block_quantize.hpp"
-#include "octet/ops/quantize.hpp"
+#include "engine/turn_weight.hpp"
 #include "octet/ops/state_format.hpp"
 
 namespace octet {
@@ -266,16 +265,13 @@ void WeightUnits::turn(int unit, int s) {
     const Weight& w = weights_[index(i)];
     const Place& place = places_[index(i)];
     if (place.turned == kNowhere || w.shape.numel() == 0) continue;
-    const TensorView in{data + place.codes, DType::e4m3, w.shape, ctx_.device()};
-    const TensorView out{data + place.turned, DType::e4m3, {w.shape[1], w.shape[0]}, ctx_.device()};
-    if (place.turned_scales == kNowhere) {
-      transpose(comm_.context(), in, out);
-    } else {
-      transpose_tiles(
-          comm_.context(),
-          {.data = in, .granularity = Granularity::tile, .scales = data + place.scales},
-          {.data = out, .granularity = Granularity::tile, .scales = data + place.turned_scales});
-    }
+    const auto view = [&](std::size_t codes, const Shape& shape, std::size_t scales) {
+      return BlockScaledView{.data = {data + codes, DType::e4m3, shape, ctx_.device()},
+                             .granularity = granularity_of(w.format),
+                             .scales = scales == kNowhere ? nullptr : data + scales};
+    };
+    turn_weight(comm_.context(), view(place.codes, w.shape, place.scales),
+                view(place.turned, {w.shape[1], w.shape[0]}, place.turned_scales));
   }
 }
 

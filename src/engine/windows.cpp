@@ -38,7 +38,7 @@ std::vector<std::size_t> Engine::Impl::window_parts() const {
   }
   for (const Param& p : params) {
     const auto numel = static_cast<std::size_t>(p.spec.shape.numel());
-    const WeightFormat weight = p.formats.state.weight;
+    const WeightFormat weight = without_transpose(p.formats.state.weight);
     if (!shards_gradients()) parts.push_back(numel * size_of(p.formats.gradient));
     if (!sharded() || shards_weights()) continue;
     parts.push_back(numel * size_of(dtype_of(weight)));

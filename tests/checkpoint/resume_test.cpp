@@ -16,7 +16,7 @@ namespace octet::test {
 namespace {
 
 constexpr int kSavedAt = 3, kEnd = 6;
-constexpr int kRanks[] = {1, 2, 3, 4, 5, 8};
+constexpr int kRanks[] = {1, 2, 3, 4, 5, 6, 7, 8};
 constexpr Sharding kShardings[] = {Sharding::none, Sharding::optimizer, Sharding::gradients};
 
 EngineConfig config_of(Level level, Sharding sharding, std::int64_t bucket_elements) {
@@ -32,13 +32,15 @@ EngineConfig with_formats(EngineConfig config, const Formats& formats) {
 }
 
 /// A run that never stops, as it is at kSavedAt and at kEnd.
-const LegResult& whole_run(const EngineConfig& config, int ranks, bool common, DeviceType device) {
+const LegResult& whole_run(const EngineConfig& config, int ranks, bool common, DeviceType device,
+                           const std::vector<SavedParam>& params) {
   static std::map<std::string, LegResult> kept;
   const StateFormats formats = config.formats.value_or(formats_of(config.level)).state;
   std::ostringstream key;
   key << name_of(config.level) << name_of(*config.sharding) << name_of(formats.weight)
       << name_of(formats.m) << config.bucket_elements << config.offload_states
-      << config.windows.value_or(false) << ranks << common << static_cast<int>(device);
+      << config.windows.value_or(false) << ranks << common << static_cast<int>(device)
+      << to_string(params[0].shape);
   const auto found = kept.find(key.str());
   if (found != kept.end()) return found->second;
   return kept[key.str()] = run_leg({.config = config,
@@ -46,13 +48,15 @@ const LegResult& whole_run(const EngineConfig& config, int ranks, bool common, D
                                     .end = kEnd,
                                     .watched = kSavedAt,
                                     .common = common,
-                                    .device = device});
+                                    .device = device,
+                                    .params = params});
 }
 
 /// The run that goes on, beside one with the same ranks and configuration that never stopped.
 void check_resume(const std::string& directory, const EngineConfig& config, int ranks, bool common,
-                  DeviceType device = DeviceType::cpu) {
-  const LegResult& whole = whole_run(config, ranks, common, device);
+                  DeviceType device = DeviceType::cpu,
+                  const std::vector<SavedParam>& params = saved_params()) {
+  const LegResult& whole = whole_run(config, ranks, common, device, params);
   const LegResult resumed =
       run_leg({.config = config,
                .ranks = ranks,
@@ -60,6 +64,7 @@ void check_resume(const std::string& directory, const EngineConfig& config, int 
                .end = kEnd,
                .common = common,
                .device = device,
+               .params = params,
                .before = [&](Engine& engine, Communicator& comm) {
                  const CheckpointInfo info = load_checkpoint(engine, comm, directory);
                  require(info.step == kSavedAt && info.skipped == 0, "wrong step ", info.step);
@@ -73,12 +78,14 @@ void check_resume(const std::string& directory, const EngineConfig& config, int 
 }
 
 void save(const std::string& directory, const EngineConfig& config, int ranks, bool common,
-          DeviceType device = DeviceType::cpu) {
+          DeviceType device = DeviceType::cpu,
+          const std::vector<SavedParam>& params = saved_params()) {
   run_leg({.config = config,
            .ranks = ranks,
            .end = kSavedAt,
            .common = common,
            .device = device,
+           .params = params,
            .after = [&](Engine& engine, Communicator& comm) {
              save_checkpoint(engine, comm, directory);
            }});
@@ -171,6 +178,37 @@ TEST_CASE("weights with scales of blocks and transposed copies go on too") {
         save(folder.file("run"), config, saved_by, true, device);
         check_resume(folder.file("run"), config, ranks, true, device);
       }
+    }
+  }
+}
+
+TEST_CASE("transposed copies go on with any sharding, made anew by every rank") {
+  using S = Sharding;
+  const auto config = [](WeightFormat weight, Sharding sharding) {
+    return with_formats(config_of(Level::O2, sharding, 20000), matrix_formats(weight));
+  };
+  const std::vector<SavedParam> params = even_params();
+  for (DeviceType device : rank_devices()) {
+    for (WeightFormat weight :
+         {WeightFormat::e4m3_and_transpose, WeightFormat::e4m3_tile_and_transpose}) {
+      for (const auto& [from, to] : {std::pair{S::optimizer, S::none},
+                                     {S::none, S::gradients},
+                                     {S::gradients, S::optimizer},
+                                     {S::optimizer, S::parameters},
+                                     {S::parameters, S::gradients}}) {
+        for (const auto& [saved_by, ranks] : {std::pair{1, 3}, {3, 2}, {2, 5}}) {
+          INFO(name_of(weight) << ": sharding " << name_of(from) << " of " << saved_by
+                               << " ranks, then " << name_of(to) << " of " << ranks);
+          const Folder folder;
+          save(folder.file("run"), config(weight, from), saved_by, true, device, params);
+          check_resume(folder.file("run"), config(weight, to), ranks, true, device, params);
+        }
+      }
+      EngineConfig windows = config(weight, S::optimizer);
+      windows.windows = device == DeviceType::cpu;
+      const Folder folder;
+      save(folder.file("run"), config(weight, S::gradients), 2, true, device, params);
+      check_resume(folder.file("run"), windows, 3, true, device, params);
     }
   }
 }

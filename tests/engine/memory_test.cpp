@@ -24,28 +24,29 @@ struct RankMemory {
   std::uint64_t payload = 0;       ///< of one step
 };
 
-std::vector<RankMemory> measure(const EngineConfig& config, int ranks, float max_norm = 1.0f) {
+std::vector<RankMemory> measure(const EngineConfig& config, int ranks, float max_norm = 1.0f,
+                                const std::vector<Shape>& shapes = kShapes) {
   std::vector<RankMemory> results(static_cast<std::size_t>(ranks));
   run_ranks(ranks, [&](Communicator& comm) {
     Context ctx = comm.context();
     RankMemory& result = results[static_cast<std::size_t>(comm.rank())];
     std::vector<Tensor> values;
-    for (const Shape& shape : kShapes) {
+    for (const Shape& shape : shapes) {
       values.emplace_back(ctx, DType::f32, shape);
       const auto count = static_cast<std::size_t>(shape.numel());
       write(ctx, values.back().view().data, normal_values(count, 1));
     }
     const std::size_t before = ctx.memory_use().current;
     Engine engine(ctx, comm, config);
-    for (std::size_t i = 0; i < kShapes.size(); ++i) {
-      engine.add({.name = "p" + std::to_string(i), .shape = kShapes[i], .init = values[i]});
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      engine.add({.name = "p" + std::to_string(i), .shape = shapes[i], .init = values[i]});
     }
     engine.freeze();
     result.held = ctx.memory_use().current - before;
     ctx.reset_peak();
     for (int step = 0; step < 2; ++step) {
       const std::uint64_t sent = comm.wire_bytes().payload;
-      for (std::size_t i = kShapes.size(); i-- > 0;) {
+      for (std::size_t i = shapes.size(); i-- > 0;) {
         engine.add_gradient({static_cast<int>(i)}, values[i]);
       }
       engine.step({.lr = 1e-3f, .max_norm = max_norm});
@@ -251,6 +252,48 @@ TEST_CASE("weights of matrices have rows for transposed copies and scales") {
         CHECK(text.find(name_of(c.weight)) != std::string::npos);
         CHECK((text.find("transposed weight") != std::string::npos) == (c.transposed != 0));
         CHECK((text.find("weight scales") != std::string::npos) == (c.scales != 0));
+      }
+    }
+  }
+}
+
+TEST_CASE("transposed copies of a sharded optimizer are in the plan, and send nothing") {
+  // Tiles of [1008, 64], [528, 80]: 8 and 5 lines of one scale padded to 4; of the transposes one
+  // line each, of 8 and 5 scales padded to 8.
+  const std::vector<Shape> shapes = {{1008, 64}, {2000}, {528, 80}};
+  constexpr std::uint64_t kCodes = 1008 * 64 + 528 * 80;
+  const struct {
+    WeightFormat with, without;
+    std::uint64_t scales;
+  } cases[] = {
+      {WeightFormat::e4m3_and_transpose, WeightFormat::e4m3, 0},
+      {WeightFormat::e4m3_tile_and_transpose, WeightFormat::e4m3_tile, 4 * (4 * (8 + 5) + 8 + 8)}};
+  for (const auto& c : cases) {
+    for (Sharding sharding : {Sharding::optimizer, Sharding::gradients}) {
+      for (const bool windows : {false, true}) {
+        EngineConfig config{
+            .sharding = sharding, .formats = formats_of(Level::O2), .windows = windows};
+        config.formats->state.weight = c.without;
+        const auto without = measure(config, 3, 1.0f, shapes);
+        config.formats->state.weight = c.with;
+        const auto with = measure(config, 3, 1.0f, shapes);
+        for (std::size_t r = 0; r < with.size(); ++r) {
+          INFO(name_of(c.with) << ", sharding " << name_of(sharding) << ", windows " << windows);
+          std::uint64_t sum = 0;
+          for (const MemoryRow& each : with[r].plan.memory) {
+            INFO(each.what << (each.fp8_managed ? ", FP8-managed" : ", other"));
+            CHECK(each.predicted == each.measured);
+            sum += each.measured;
+          }
+          CHECK(sum <= with[r].held);
+          CHECK(with[r].held - sum < 1024);
+          CHECK(row(with[r].plan, "transposed weight", true) == kCodes);
+          CHECK(row(with[r].plan, "weight scales", true) == c.scales);
+          CHECK(with[r].grown_in_steps == 0);
+          CHECK(with[r].payload == with[r].plan.wire_bytes_per_step);
+          CHECK(with[r].payload == without[r].payload);
+          CHECK(with[r].plan.weight_gather.find("copies made by every rank") != std::string::npos);
+        }
       }
     }
   }

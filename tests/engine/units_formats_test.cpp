@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sharded weights in every format: codes, scales of tiles and transposed copies are those of a
-// rank that has everything.
+// Sharded weights in every format, and transposed copies with every sharding: codes, scales of
+// tiles and copies are those of a rank that has everything.
 #include "octet/engine/engine.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
@@ -56,19 +56,23 @@ Bytes read_weight(const Engine& engine, const Context& ctx, int p) {
   return all;
 }
 
-/// Weights of all parameters after 0, 1, ... steps, on every rank.
-std::vector<std::vector<Bytes>> train(const Formats& formats, Sharding sharding, int ranks,
-                                      DeviceType device) {
+EngineConfig config_of(const Formats& formats, Sharding sharding) {
+  return {.sharding = sharding,
+          .formats = formats,
+          .adamw = {.seed = 3},
+          .reduced_gradient = formats.gradient};
+}
+
+/// Weights of all parameters after 0, 1, ... steps, on every rank; `apart`: engine and communicator
+/// have a context each.
+std::vector<std::vector<Bytes>> train(const EngineConfig& config, int ranks, DeviceType device,
+                                      bool apart = false) {
   std::vector<std::vector<Bytes>> results(static_cast<std::size_t>(ranks));
   run_ranks(
       ranks,
       [&](Communicator& comm) {
-        const Context& ctx = comm.context();
-        Engine engine(ctx, comm,
-                      {.sharding = sharding,
-                       .formats = formats,
-                       .adamw = {.seed = 3},
-                       .reduced_gradient = formats.gradient});
+        const Context ctx = apart ? Context::cpu() : comm.context();
+        Engine engine(ctx, comm, config);
         std::vector<Buffer> keep;
         for (std::size_t p = 0; p < kShapes.size(); ++p) {
           keep.push_back(upload(ctx, values_of(p, 1, 0.02f)));
@@ -93,11 +97,20 @@ std::vector<std::vector<Bytes>> train(const Formats& formats, Sharding sharding,
                                 view_of(ctx, gradient, DType::f32, kShapes[p]));
             ctx.synchronize();  // the buffer goes away
           }
-          engine.step({.lr = 1e-2f});
+          engine.step({.lr = 1e-2f, .max_norm = config.clipping && step % 2 == 0 ? 0.5f : 0.0f});
         }
       },
       device);
   return results;
+}
+
+void check_ranks(const std::vector<std::vector<Bytes>>& ranks, const std::vector<Bytes>& expected) {
+  for (const std::vector<Bytes>& rank : ranks) {
+    REQUIRE(rank.size() == expected.size());
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      CHECK(first_difference(rank[i], expected[i]) == "");
+    }
+  }
 }
 
 }  // namespace
@@ -115,18 +128,66 @@ TEST_CASE("sharded weights of every format are those of a rank that has everythi
         if (states.master == S::split && !has_tensor_scale(weight)) continue;
         for (DType gradient : {DType::e4m3, DType::bf16}) {
           const Formats formats{gradient, states};
-          const std::vector<Bytes> whole = train(formats, Sharding::none, 1, device)[0];
+          const std::vector<Bytes> whole = train(config_of(formats, Sharding::none), 1, device)[0];
           for (int ranks : {2, 5}) {
             INFO(name_of(weight) << ", master " << name_of(states.master) << ", gradient "
                                  << name_of(gradient) << ", " << ranks << " ranks");
-            for (const auto& rank : train(formats, Sharding::parameters, ranks, device)) {
-              REQUIRE(rank.size() == whole.size());
-              for (std::size_t i = 0; i < whole.size(); ++i) {
-                CHECK(first_difference(rank[i], whole[i]) == "");
-              }
+            check_ranks(train(config_of(formats, Sharding::parameters), ranks, device), whole);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("transposed copies of whole weights are those that an optimizer alone writes") {
+  using S = StateFormat;
+  const Formats cases[] = {
+      {DType::e4m3, {WeightFormat::e4m3_and_transpose, S::f16, S::e4m3, S::f16}},
+      {DType::e4m3, {WeightFormat::e4m3_and_transpose, S::split, S::bf16, S::f32}},
+      {DType::e4m3, {WeightFormat::e4m3_tile_and_transpose, S::f16, S::e4m3, S::f16}},
+      {DType::bf16, {WeightFormat::e4m3_tile_and_transpose, S::f32, S::e4m3_block, S::f32}}};
+  for (DeviceType device : rank_devices()) {
+    for (const Formats& formats : cases) {
+      const std::vector<Bytes> whole = train(config_of(formats, Sharding::none), 1, device)[0];
+      for (Sharding sharding : {Sharding::optimizer, Sharding::gradients}) {
+        for (int ranks : {1, 2, 3, 5}) {
+          for (const bool windows : {false, true}) {
+            if (windows && device == DeviceType::cuda) continue;  // ranks may share a GPU here
+            for (const bool apart : {false, true}) {
+              if (apart && device == DeviceType::cuda) continue;
+              EngineConfig config = config_of(formats, sharding);
+              config.windows = windows;
+              INFO(name_of(formats.state.weight)
+                   << ", master " << name_of(formats.state.master) << ", sharding "
+                   << name_of(sharding) << ", " << ranks << " ranks, windows " << windows
+                   << ", two contexts " << apart << ", cuda " << (device == DeviceType::cuda));
+              check_ranks(train(config, ranks, device, apart), whole);
             }
           }
         }
+      }
+    }
+  }
+}
+
+TEST_CASE("transposed copies are the same after backward and fused") {
+  for (WeightFormat weight :
+       {WeightFormat::e4m3_and_transpose, WeightFormat::e4m3_tile_and_transpose}) {
+    Formats formats = formats_of(Level::O2);
+    formats.state.weight = weight;
+    for (DeviceType device : rank_devices()) {
+      for (const bool windows : {false, true}) {
+        if (windows && device == DeviceType::cuda) continue;  // ranks may share a GPU here
+        EngineConfig config = config_of(formats, Sharding::optimizer);
+        config.reduced_gradient = DType::f32;
+        config.windows = windows;
+        config.clipping = false;
+        config.schedule = Schedule::after_backward;
+        const auto after = train(config, 3, device);
+        config.schedule = Schedule::fused;
+        INFO(name_of(weight) << ", windows " << windows);
+        check_ranks(train(config, 3, device), after[0]);
       }
     }
   }

@@ -400,10 +400,10 @@ TEST_CASE("units with gaps and formats that cannot be cut are refused") {
     std::vector<std::string>& list = errors[static_cast<std::size_t>(comm.rank())];
     const Buffer values = upload(ctx, std::vector<float>(200 * 64, 0.5f));
     const TensorView init = view_of(ctx, values, DType::f32, {200, 64});
-    const auto config_of = [](WeightFormat format) {
+    const auto config_of = [](WeightFormat format, Sharding sharding = Sharding::parameters) {
       Formats formats = formats_of(Level::O2);
       formats.state.weight = format;
-      return EngineConfig{.sharding = Sharding::parameters, .formats = formats};
+      return EngineConfig{.sharding = sharding, .formats = formats};
     };
     Engine gap(ctx, comm, {.sharding = Sharding::parameters});
     gap.add({.name = "a", .shape = {200, 64}, .init = init});
@@ -413,14 +413,22 @@ TEST_CASE("units with gaps and formats that cannot be cut are refused") {
       gap.add({.name = "c", .shape = {200, 64}, .init = init, .unit = -1});
     }));
     list.push_back(error_of([&] { Engine(ctx, comm, config_of(WeightFormat::e4m3_row_block)); }));
-    Engine turned(ctx, comm, config_of(WeightFormat::e4m3_and_transpose));
-    list.push_back(error_of([&] { turned.add({.name = "a", .shape = {200, 64}, .init = init}); }));
+    for (Sharding sharding : {Sharding::optimizer, Sharding::gradients, Sharding::parameters}) {
+      Engine turned(ctx, comm, config_of(WeightFormat::e4m3_and_transpose, sharding));
+      list.push_back(error_of([&] {
+        turned.add({.name = "a", .shape = {200, 64}, .init = init});
+      }));
+    }
   });
   for (const std::vector<std::string>& list : errors) {
     CHECK(missing(list[0], {"unit 1 has no parameter", "unit 2"}) == "");
     CHECK(missing(list[1], {"\"c\"", "unit is -1"}) == "");
     CHECK(missing(list[2], {"e4m3_row_block", "parameters", "e4m3_tile"}) == "");
-    CHECK(missing(list[3], {"\"a\"", "e4m3_and_transpose", "multiple of 16", "[200, 64]"}) == "");
+    const char* shardings[] = {"optimizer over 2", "gradients over 2", "parameters over 2"};
+    for (std::size_t i = 0; i < 3; ++i) {
+      CHECK(missing(list[3 + i], {"\"a\"", "e4m3_and_transpose", shardings[i], "multiple of 16",
+                                  "[200, 64]"}) == "");
+    }
   }
 }
 

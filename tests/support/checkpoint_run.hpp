@@ -34,6 +34,14 @@ inline std::vector<SavedParam> saved_params() {
           {"wide", {32, 640}}};
 }
 
+/// The same number of them, with rows that transposed copies of sharded weights want.
+inline std::vector<SavedParam> even_params() {
+  std::vector<SavedParam> params = saved_params();
+  params[0].shape = {304, 97};
+  params[2].shape = {144, 131};
+  return params;
+}
+
 using Bytes = std::vector<std::uint8_t>;
 
 /// Gradient of a parameter: the same on every rank if `common`.
@@ -44,8 +52,8 @@ inline std::vector<float> leg_gradient(std::size_t p, const Shape& shape, int st
                        0.01f * static_cast<float>(1 + p));
 }
 
-inline void add_saved_params(Engine& engine, const Context& ctx, std::vector<Buffer>& keep) {
-  const std::vector<SavedParam> params = saved_params();
+inline void add_saved_params(Engine& engine, const Context& ctx, std::vector<Buffer>& keep,
+                             const std::vector<SavedParam>& params = saved_params()) {
   for (std::size_t p = 0; p < params.size(); ++p) {
     const auto count = static_cast<std::size_t>(params[p].shape.numel());
     keep.push_back(upload(ctx, normal_values(count, 77 + static_cast<std::uint32_t>(p), 0.02f)));
@@ -56,8 +64,8 @@ inline void add_saved_params(Engine& engine, const Context& ctx, std::vector<Buf
   }
 }
 
-inline void take_step(Engine& engine, const Context& ctx, int step, int rank, bool common) {
-  const std::vector<SavedParam> params = saved_params();
+inline void take_step(Engine& engine, const Context& ctx, int step, int rank, bool common,
+                      const std::vector<SavedParam>& params = saved_params()) {
   for (std::size_t p = params.size(); p-- > 0;) {  // as a backward pass makes them
     const Buffer buffer = upload(ctx, leg_gradient(p, params[p].shape, step, rank, common));
     engine.add_gradient({static_cast<int>(p)}, view_of(ctx, buffer, DType::f32, params[p].shape));
@@ -114,6 +122,7 @@ struct Leg {
   int watched = -1;        ///< a step in between
   bool common = true;      ///< gradients
   DeviceType device = DeviceType::cpu;
+  std::vector<SavedParam> params = saved_params();
   /// With a new engine, before the first step and after the last.
   std::function<void(Engine&, Communicator&)> before = {}, after = {};
 };
@@ -135,12 +144,12 @@ inline LegResult run_leg(const Leg& leg) {
         const auto rank = static_cast<std::size_t>(comm.rank());
         Engine engine(ctx, comm, leg.config);
         std::vector<Buffer> keep;
-        add_saved_params(engine, ctx, keep);
+        add_saved_params(engine, ctx, keep, leg.params);
         engine.freeze();
         if (leg.before) leg.before(engine, comm);
         result.before[rank] = held_bytes(engine, ctx);
         for (int step = leg.begin + 1; step <= leg.end; ++step) {
-          take_step(engine, ctx, step, comm.rank(), leg.common);
+          take_step(engine, ctx, step, comm.rank(), leg.common, leg.params);
           if (step == leg.watched) result.watched[rank] = held_bytes(engine, ctx);
         }
         if (leg.after) leg.after(engine, comm);

@@ -21,9 +21,9 @@ struct EngineConfig {
   std::optional<Sharding> sharding = {};
   /// Default: the level's formats. Every combination of existing formats works but for two: the
   /// weight is never none, and an optimizer cut over several ranks has no weights in
-  /// e4m3_row_block and, unless weights are cut too, in e4m3_and_transpose and
-  /// e4m3_tile_and_transpose. Formats of matrices want FP8-managed parameters of two dimensions,
-  /// and where weights are cut a transposed copy wants rows that are a multiple of 16.
+  /// e4m3_row_block. Formats of matrices want FP8-managed parameters of two dimensions, and with
+  /// such an optimizer a transposed copy, which every rank then makes for itself, wants rows that
+  /// are a multiple of 16.
   std::optional<Formats> formats = {};
   AdamWConfig adamw = {};
   /// What the mean over the ranks of an FP8-managed gradient is stored in for the optimizer: f32,
@@ -140,7 +140,8 @@ class Engine {
 
   /// Registers a parameter. Throws octet::Error for a duplicate or empty name, a missing or
   /// mismatching init, both init and fill, an FP8-managed shape that is no matrix where the
-  /// weight's format is one of matrices, or after freeze().
+  /// weight's format is one of matrices, rows that a sharded weight's transposed copy cannot have
+  /// (EngineConfig::formats), or after freeze().
   ParamId add(const ParamSpec& spec);
 
   /// Allocates, checks that all ranks registered the same list (throws on every rank, naming the
@@ -149,6 +150,9 @@ class Engine {
   /// what it needs, every rank throws; the engine is then of no further use.
   void freeze();
 
+  /// A parameter as it was registered; after freeze() without init and fill. Throws octet::Error
+  /// for an id that add() did not return.
+  const ParamSpec& spec(ParamId id) const;
   /// How a parameter's compute weight is stored: the configuration's format where it is
   /// FP8-managed, else f32.
   WeightFormat weight_format(ParamId id) const;
