@@ -3,7 +3,8 @@
 // host as it is, and is decoded there: that takes none of the device's memory, and has the same
 // bits.
 #include <algorithm>
-#include <utility>
+#include <exception>
+#include <optional>
 
 #include "checkpoint/shown.hpp"
 #include "octet/checkpoint/weights.hpp"
@@ -17,33 +18,31 @@ constexpr std::int64_t kBlock = 128;
 
 constexpr std::int64_t blocks_of(std::int64_t count) { return (count + kBlock - 1) / kBlock; }
 
+/// One tensor of the file: a weight's values or codes, or its scales.
+struct Item {
+  FileTensor tensor;
+  ParamId id = {};
+  int unit = 0;  ///< that must be whole for it
+  Shape shape = {};
+  WeightFormat format = WeightFormat::f32;  ///< as the engine stores it
+  DType dtype = DType::f32;                 ///< of values
+  bool is_scales = false;
+};
+
 /// A weight as the engine stores it.
 struct Stored {
-  WeightFormat format = WeightFormat::f32;
   TensorView data = {};
   const TensorScale* scale = nullptr;  ///< of weights with one scale
   BlockScaledView blocks = {};         ///< of weights with scales of blocks
 };
 
-/// One tensor of the file: a weight's values or codes, or its scales.
-struct Item {
-  FileTensor tensor;
-  Stored stored;
-  DType dtype = DType::f32;  ///< of values
-  bool is_scales = false;
-};
-
-Stored stored_of(const Engine& engine, ParamId id) {
-  Stored stored = {.format = engine.weight_format(id)};
-  if (has_block_scales(stored.format)) {
-    stored.blocks = engine.block_weight(id);
-    stored.data = stored.blocks.data;
-  } else {
-    const ScaledView weight = engine.weight(id);
-    stored.data = weight.data;
-    stored.scale = weight.scale;
+Stored stored_of(const Engine& engine, const Item& item) {
+  if (has_block_scales(item.format)) {
+    const BlockScaledView blocks = engine.block_weight(item.id);
+    return {.data = blocks.data, .blocks = blocks};
   }
-  return stored;
+  const ScaledView weight = engine.weight(item.id);
+  return {.data = weight.data, .scale = weight.scale};
 }
 
 FileTensor file_tensor(const std::string& name, DType dtype, const Shape& shape) {
@@ -54,13 +53,13 @@ FileTensor file_tensor(const std::string& name, DType dtype, const Shape& shape)
 }
 
 /// The shape that the scales of an FP8 weight have in the file.
-Shape shape_of_scales(const Stored& stored, ScaleNaming naming, const std::string& where) {
-  const Shape& shape = stored.data.shape;
-  const Granularity granularity = granularity_of(stored.format);
+Shape shape_of_scales(WeightFormat format, const Shape& shape, ScaleNaming naming,
+                      const std::string& where) {
+  const Granularity granularity = granularity_of(format);
   if (naming == ScaleNaming::weight_scale_inv) {
     require(shape.rank() == 2, where, "shape is ", shape,
             "; weight_scale_inv has a scale for every tile of a matrix");
-    require(granularity != Granularity::row_block, where, "the weight is ", name_of(stored.format),
+    require(granularity != Granularity::row_block, where, "the weight is ", name_of(format),
             "; weight_scale_inv has scales of tiles, and weight_scale can hold these");
   } else if (granularity == Granularity::tensor) {
     return {1};
@@ -69,20 +68,28 @@ Shape shape_of_scales(const Stored& stored, ScaleNaming naming, const std::strin
   return {granularity == Granularity::row_block ? shape[0] : blocks_of(shape[0]), columns};
 }
 
-std::vector<Item> items_of(const Engine& engine, const std::string& path,
+std::vector<Item> items_of(const Engine& engine, const std::string& subject,
                            const std::vector<NamedWeight>& weights, const WeightExport& how) {
   std::vector<Item> items;
   for (const NamedWeight& weight : weights) {
-    const Stored stored = stored_of(engine, weight.id);
-    const bool as_codes = how.dtype == DType::e4m3 && is_e4m3(stored.format);
-    const DType dtype = as_codes ? DType::e4m3 : how.dtype == DType::e4m3 ? how.others : how.dtype;
-    items.push_back({file_tensor(weight.name, dtype, stored.data.shape), stored, dtype});
+    const ParamSpec& spec = engine.spec(weight.id);
+    Item item = {.tensor = {},
+                 .id = weight.id,
+                 .unit = spec.unit,
+                 .shape = spec.shape,
+                 .format = engine.weight_format(weight.id)};
+    const bool as_codes = how.dtype == DType::e4m3 && is_e4m3(item.format);
+    item.dtype = as_codes ? DType::e4m3 : how.dtype == DType::e4m3 ? how.others : how.dtype;
+    item.tensor = file_tensor(weight.name, item.dtype, item.shape);
+    items.push_back(item);
     if (!as_codes) continue;
     const std::string suffix = how.scales == ScaleNaming::weight_scale ? "_scale" : "_scale_inv";
-    const std::string where = path + ": weight " + shown_text(weight.name) + ": ";
-    const Shape shape = shape_of_scales(stored, how.scales, where);
-    items.push_back(
-        {file_tensor(weight.name + suffix, DType::f32, shape), stored, DType::f32, true});
+    const std::string where = subject + ": weight " + shown_text(weight.name) + ": ";
+    item.tensor = file_tensor(weight.name + suffix, DType::f32,
+                              shape_of_scales(item.format, item.shape, how.scales, where));
+    item.dtype = DType::f32;
+    item.is_scales = true;
+    items.push_back(item);
   }
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
     return size_of(a.dtype) > size_of(b.dtype);
@@ -90,25 +97,42 @@ std::vector<Item> items_of(const Engine& engine, const std::string& path,
   return items;
 }
 
-void check(const std::string& path, const WeightExport& how) {
-  require(how.dtype != DType::e5m2, path, ": dtype is ", name_of(how.dtype),
+void check(const std::string& subject, const WeightExport& how) {
+  require(how.dtype != DType::e5m2, subject, ": dtype is ", name_of(how.dtype),
           "; weights are written in f32, bf16, f16 or e4m3");
-  require(!is_fp8(how.others), path, ": others is ", name_of(how.others),
+  require(!is_fp8(how.others), subject, ": others is ", name_of(how.others),
           "; allowed are f32, bf16, f16");
 }
 
-/// Host memory and where its contents go.
+std::vector<FileTensor> tensors_of(const std::vector<Item>& items) {
+  std::vector<FileTensor> tensors;
+  for (const Item& item : items) tensors.push_back(item.tensor);
+  return tensors;
+}
+
+std::map<std::string, std::string> metadata_of(const WeightExport& how) {
+  std::map<std::string, std::string> metadata = how.metadata;
+  metadata.emplace("format", "pt");
+  return metadata;
+}
+
+/// A file, and host memory for what goes into it.
 class Export {
  public:
-  Export(const Context& ctx, SafetensorsWriter& writer, std::size_t piece_bytes)
-      : ctx_(ctx), writer_(writer), piece_bytes_(std::max<std::size_t>(piece_bytes, 4)) {}
+  Export(const Context& ctx, const std::string& path, const std::vector<Item>& items,
+         const WeightExport& how)
+      : ctx_(ctx),
+        writer_(path, tensors_of(items), metadata_of(how)),
+        piece_bytes_(std::max<std::size_t>(how.piece_bytes, 4)) {}
 
-  void write(const Item& item) {
-    if (item.is_scales) return write_scales(item);
-    if (has_block_scales(item.stored.format) && !is_fp8(item.dtype)) return write_blocks(item);
-    const TensorView& data = item.stored.data;
-    TensorScale scale = scale_of(item.stored);
-    TensorScale* decode = item.stored.scale == nullptr ? nullptr : &scale;
+  void finish() { writer_.finish(); }
+
+  void write(const Item& item, const Stored& stored) {
+    if (item.is_scales) return write_scales(item, stored);
+    if (has_block_scales(item.format) && !is_fp8(item.dtype)) return write_blocks(item, stored);
+    const TensorView& data = stored.data;
+    TensorScale scale = scale_of(stored);
+    TensorScale* decode = stored.scale == nullptr ? nullptr : &scale;
     const std::size_t widest = std::max(size_of(data.dtype), size_of(item.dtype));
     const auto piece = static_cast<std::int64_t>(piece_bytes_ / widest);
     for (std::int64_t at = 0; at < data.numel(); at += piece) {
@@ -163,11 +187,11 @@ class Export {
     return scales[static_cast<std::size_t>(at)];
   }
 
-  void write_scales(const Item& item) {
-    const BlockScaledView& blocks = item.stored.blocks;
+  void write_scales(const Item& item, const Stored& stored) {
+    const BlockScaledView& blocks = stored.blocks;
     const auto count = static_cast<std::size_t>(numel_of(item.tensor));
-    std::vector<float> out(count, scale_of(item.stored).scale_inv);
-    if (has_block_scales(item.stored.format)) {
+    std::vector<float> out(count, scale_of(stored).scale_inv);
+    if (has_block_scales(item.format)) {
       const std::vector<float> scales = fetch_scales(blocks);
       const std::int64_t columns = blocks_of(blocks.data.shape[1]);
       for (std::size_t i = 0; i < count; ++i) {
@@ -179,8 +203,8 @@ class Export {
   }
 
   /// Pieces of whole rows, 128 at least, which have scales of their own in the same order.
-  void write_blocks(const Item& item) {
-    const BlockScaledView& blocks = item.stored.blocks;
+  void write_blocks(const Item& item, const Stored& stored) {
+    const BlockScaledView& blocks = stored.blocks;
     const std::int64_t rows = blocks.data.shape[0], columns = blocks.data.shape[1];
     if (columns == 0) return;
     const std::vector<float> scales = fetch_scales(blocks);
@@ -218,29 +242,51 @@ class Export {
 
   Context ctx_;
   Context host_ = Context::cpu();
-  SafetensorsWriter& writer_;
+  SafetensorsWriter writer_;
   std::size_t piece_bytes_;
   std::vector<char> fetched_ = {}, values_ = {};
 };
 
+/// Calls visit(item) for all while their units are whole.
+template <class Visit>
+void visit_by_units(Engine& engine, const std::vector<Item>& items, const Visit& visit) {
+  for (auto item = items.begin(); item != items.end();) {
+    const int unit = item->unit;
+    engine.gather(unit);
+    for (; item != items.end() && item->unit == unit; ++item) visit(*item);
+    engine.release(unit);
+  }
+}
+
 }  // namespace
 
-void export_weights_sync(const Context& ctx, const Engine& engine, const std::string& path,
+// A rank that cannot write goes on gathering, because the others do.
+void export_weights_sync(const Context& ctx, Engine& engine, const std::string& path,
                          const std::vector<NamedWeight>& weights, const WeightExport& how) {
-  check(path, how);
-  const std::vector<Item> items = items_of(engine, path, weights, how);
+  const std::string subject = path.empty() ? "export_weights_sync" : path;
+  check(subject, how);
+  const std::vector<Item> items = items_of(engine, subject, weights, how);
   const bool has_codes =
       std::any_of(items.begin(), items.end(), [](const Item& item) { return item.is_scales; });
-  require(how.dtype != DType::e4m3 || has_codes, path,
+  require(how.dtype != DType::e4m3 || has_codes, subject,
           ": dtype is e4m3, but none of the weights is FP8-managed");
-  std::vector<FileTensor> tensors;
-  for (const Item& item : items) tensors.push_back(item.tensor);
-  std::map<std::string, std::string> metadata = how.metadata;
-  metadata.emplace("format", "pt");
-  SafetensorsWriter writer(path, std::move(tensors), metadata);
-  Export out(ctx, writer, how.piece_bytes);
-  for (const Item& item : items) out.write(item);
-  writer.finish();
+  engine.plan();  // throws before freeze()
+  std::optional<Export> file;
+  std::exception_ptr failure;
+  const auto attempt = [&](const auto& work) {
+    if (path.empty() || failure != nullptr) return;
+    try {
+      work();
+    } catch (const std::exception&) {
+      failure = std::current_exception();
+    }
+  };
+  attempt([&] { file.emplace(ctx, path, items, how); });
+  visit_by_units(engine, items, [&](const Item& item) {
+    attempt([&] { file->write(item, stored_of(engine, item)); });
+  });
+  attempt([&] { file->finish(); });
+  if (failure != nullptr) std::rethrow_exception(failure);
 }
 
 }  // namespace octet

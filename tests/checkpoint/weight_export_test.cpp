@@ -15,6 +15,7 @@
 #include "support/errors.hpp"
 #include "support/folder.hpp"
 #include "support/random.hpp"
+#include "support/ranks.hpp"
 
 namespace octet::test {
 namespace {
@@ -36,29 +37,35 @@ std::string name_of_case(int p) { return "layer." + std::to_string(p) + ".weight
 class Model {
  public:
   Model(const Context& ctx, WeightFormat format, const std::vector<Case>& cases = kCases)
-      : ctx_(ctx), comm_(make_single(ctx_)), engine_(ctx_, *comm_, config_of(format)) {
+      : Model(make_single(ctx), format, Sharding::none, cases) {}
+  Model(std::shared_ptr<Communicator> comm, WeightFormat format, Sharding sharding,
+        const std::vector<Case>& cases)
+      : comm_(std::move(comm)),
+        ctx_(comm_->context()),
+        engine_(ctx_, *comm_, config_of(format, sharding)) {
     std::vector<Buffer> keep;
     for (const Case& c : cases) {
       const int p = static_cast<int>(keep.size());
       keep.push_back(upload(ctx_, values_of(c.shape, p)));
       const TensorView init = view_of(ctx_, keep.back(), DType::f32, c.shape);
-      names.push_back(
-          {name_of_case(p),
-           engine_.add(
-               {.name = "p" + std::to_string(p), .shape = c.shape, .init = init, .fp8 = c.fp8})});
+      names.push_back({name_of_case(p), engine_.add({.name = "p" + std::to_string(p),
+                                                     .shape = c.shape,
+                                                     .init = init,
+                                                     .fp8 = c.fp8,
+                                                     .unit = p / 3})});
     }
     engine_.freeze();
-    for (const NamedWeight& weight : names) {
-      const Shape& shape = cases[static_cast<std::size_t>(weight.id.index)].shape;
-      const Buffer gradient = upload(ctx_, values_of(shape, 100 + weight.id.index));
-      engine_.add_gradient(weight.id, view_of(ctx_, gradient, DType::f32, shape));
+    for (auto weight = names.rbegin(); weight != names.rend(); ++weight) {
+      const Shape& shape = cases[static_cast<std::size_t>(weight->id.index)].shape;
+      const Buffer gradient = upload(ctx_, values_of(shape, 100 + weight->id.index));
+      engine_.add_gradient(weight->id, view_of(ctx_, gradient, DType::f32, shape));
       ctx_.synchronize();
     }
     engine_.step({.lr = 1e-3f});
     ctx_.synchronize();
   }
 
-  const Engine& engine() const { return engine_; }
+  Engine& engine() const { return engine_; }
   const Context& context() const { return ctx_; }
 
   /// The weight as it is stored, with exact values.
@@ -78,8 +85,8 @@ class Model {
   std::vector<NamedWeight> names;
 
  private:
-  static EngineConfig config_of(WeightFormat weight) {
-    EngineConfig config;
+  static EngineConfig config_of(WeightFormat weight, Sharding sharding) {
+    EngineConfig config = {.sharding = sharding};
     config.formats =
         Formats{DType::f32, {weight, StateFormat::f32, StateFormat::f32, StateFormat::f32}};
     return config;
@@ -89,9 +96,9 @@ class Model {
                          0.02f);
   }
 
+  std::shared_ptr<Communicator> comm_;
   Context ctx_;
-  std::unique_ptr<Communicator> comm_;
-  Engine engine_;
+  mutable Engine engine_;
 };
 
 const WeightFormat kFormats[] = {
@@ -248,6 +255,89 @@ TEST_CASE("What is exported starts another engine with the same weights") {
     for (const NamedWeight& weight : model.names) {
       CHECK(first_difference(read_tensor(ctx, engine.weight(weight.id)).values,
                              model.stored(weight.id).values) == "");
+    }
+  }
+}
+
+namespace {
+
+/// The other way round, and units that come again.
+std::vector<NamedWeight> mixed(std::vector<NamedWeight> names) {
+  std::reverse(names.begin(), names.end());
+  std::swap(names[1], names[5]);
+  return names;
+}
+
+/// Every rank with weights cut over them; it is its caller that lives as long.
+Model sharded_model(Communicator& comm, WeightFormat format) {
+  const std::vector<Case> even = {{{384, 256}},        {{144, 131}}, {{1000}},
+                                  {{304, 697}},        {{16, 900}},  {{70, 64}, false},
+                                  {{3, 40, 50}, false}};
+  return {std::shared_ptr<Communicator>(std::shared_ptr<void>(), &comm), format,
+          Sharding::parameters, even};
+}
+
+}  // namespace
+
+TEST_CASE("Weights that are cut over ranks give the same file, whoever writes") {
+  const Folder folder;
+  const auto path_of = [&](int rank) { return folder.file("rank" + std::to_string(rank)); };
+  for (DeviceType device : rank_devices()) {
+    for (WeightFormat format : {WeightFormat::bf16, WeightFormat::e4m3, WeightFormat::e4m3_tile,
+                                WeightFormat::e4m3_tile_and_transpose}) {
+      for (DType dtype : {DType::bf16, DType::e4m3}) {
+        if (dtype == DType::e4m3 && !is_e4m3(format)) continue;
+        const WeightExport how = {.dtype = dtype, .others = DType::f16, .piece_bytes = 5000};
+        std::string whole;
+        for (int ranks : {1, 2, 3}) {
+          for (int writer = -1; writer < ranks; ++writer) {  // -1: all
+            INFO(name_of(format) << " as " << name_of(dtype) << ", rank " << writer << " of "
+                                 << ranks << ", cuda " << (device == DeviceType::cuda));
+            run_ranks(
+                ranks,
+                [&](Communicator& comm) {
+                  const Model model = sharded_model(comm, format);
+                  const bool writes = writer < 0 || writer == comm.rank();
+                  export_weights_sync(model.context(), model.engine(),
+                                      writes ? path_of(comm.rank()) : "", mixed(model.names), how);
+                },
+                device);
+            for (int rank = 0; rank < ranks; ++rank) {
+              REQUIRE(std::filesystem::exists(path_of(rank)) == (writer < 0 || writer == rank));
+              if (writer >= 0 && writer != rank) continue;
+              const std::string bytes = read_file(path_of(rank));
+              if (whole.empty()) whole = bytes;
+              CHECK((bytes.size() > 100000 && bytes == whole));
+              std::filesystem::remove(path_of(rank));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("A rank that cannot write its file leaves nobody waiting") {
+  const Folder folder;
+  std::vector<std::string> errors(3), steps(3), refused(3);
+  run_ranks(3, [&](Communicator& comm) {
+    const auto rank = static_cast<std::size_t>(comm.rank());
+    const Model model = sharded_model(comm, WeightFormat::e4m3);
+    const std::string name = "rank" + std::to_string(rank);
+    const std::string path = folder.file(rank == 1 ? "missing/" + name : name);
+    errors[rank] = error_of(
+        [&] { export_weights_sync(model.context(), model.engine(), path, model.names, {}); });
+    refused[rank] = model.error(rank == 0 ? path : "", {.dtype = DType::e5m2});
+    steps[rank] = error_of([&] { model.engine().step({.lr = 1e-3f}); });
+  });
+  for (std::size_t rank = 0; rank < 3; ++rank) {
+    CHECK(missing(refused[rank], {"dtype is e5m2"}) == "");
+    CHECK(steps[rank] == "no error");
+    if (rank == 1) {
+      CHECK(missing(errors[rank], {"missing/rank1"}) == "");
+    } else {
+      CHECK(errors[rank] == "no error");
+      CHECK(SafetensorsReader(folder.file("rank" + std::to_string(rank))).tensors().size() == 7);
     }
   }
 }

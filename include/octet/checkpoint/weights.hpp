@@ -52,9 +52,9 @@ class WeightFiles {
 /// "a.weight" has "a.weight_scale" or "a.weight_scale_inv". Both decode, value = stored * factor.
 enum class ScaleNaming : std::uint8_t {
   /// "_scale", as compressed-tensors and vLLM's fp8 have it. F32; of a weight with one scale [1],
-  /// of
-  /// one with tiles [R / 128 rounded up, C / 128 rounded up] (compressed-tensors' strategy block,
-  /// 128x128), of one with blocks of rows [R, C / 128 rounded up] (its strategy group, of 128).
+  /// of one with tiles [R / 128 rounded up, C / 128 rounded up] (compressed-tensors' strategy
+  /// block, 128x128), of one with blocks of rows [R, C / 128 rounded up] (its strategy group, of
+  /// 128).
   weight_scale,
   /// "_scale_inv", as DeepSeek has it and vLLM and SGLang read it with weight_block_size [128,
   /// 128].
@@ -85,12 +85,19 @@ struct NamedWeight {
 /// Writes compute weights of a frozen engine to one safetensors file, which appears under its name
 /// when it is whole (SafetensorsWriter). Tensors of wide elements come first, so that each begins
 /// at a multiple of its element. `ctx` is the engine's; waits for its stream. No memory of the
-/// device is used; values are decoded on the host. One rank is enough; it needs whole weights.
-/// Deterministic: the same weights give the same bytes, on CPU and CUDA.
+/// device is used; values are decoded on the host. Deterministic: the same weights give the same
+/// bytes, on CPU and CUDA, with every sharding and number of ranks.
+/// A rank writes the file that it is given a path of; an empty path writes none. One rank is enough
+/// where every rank has whole weights. With Sharding::parameters over several ranks all must call,
+/// between two steps and with the same list and options, because units are gathered and released
+/// one after the other (no other may be whole): usually rank 0 with a path and the others without,
+/// which then keep step with it. Weights of a unit that follow one another in the list share a
+/// gather, and there are as many rounds as the file has widths of elements.
 /// Throws octet::Error naming file and weight, before a file is made: names that come twice (those
 /// of scales included), dtypes that are not allowed, e4m3 where no weight is FP8-managed, scales
-/// that the naming does not have.
-void export_weights_sync(const Context& ctx, const Engine& engine, const std::string& path,
+/// that the naming does not have. What is wrong with a file (its names, the disk) is an error of
+/// the rank that writes it alone, when all units have been gathered: nobody waits for it in vain.
+void export_weights_sync(const Context& ctx, Engine& engine, const std::string& path,
                          const std::vector<NamedWeight>& weights, const WeightExport& how = {});
 
 }  // namespace octet
