@@ -140,16 +140,16 @@ inline std::vector<std::vector<std::string>> refusals(const Combination& c) {
   if (c.schedule == Schedule::fused && c.is_cut() && reduced != "f32") {
     list.push_back({"reduced_gradient is " + reduced, "schedule is fused", "must be f32"});
   }
-  if (c.is_cut() &&
-      (weight == WeightFormat::e4m3_row_block || (is_transposed(weight) && !c.cuts_weights()))) {
+  if (c.is_cut() && weight == WeightFormat::e4m3_row_block) {
     list.push_back({weight_is, "sharding is " + sharding + " over " + ranks,
                     "may be f32, bf16, e4m3 or e4m3_tile"});
   }
   if (c.shapes == Shapes::cube && needs_matrix(weight)) {
     list.push_back({"\"cube\"", weight_is, "[3, 16, 40]", "matrix", "fp8 = false"});
   }
-  if (c.shapes == Shapes::odd && is_transposed(weight) && c.cuts_weights()) {
-    list.push_back({"\"up\"", weight_is, "sharding is parameters", "multiple of 16", "[150, 272]"});
+  if (c.shapes == Shapes::odd && is_transposed(weight) && c.is_cut()) {
+    list.push_back({"\"up\"", weight_is, "sharding is " + sharding + " over " + ranks,
+                    "multiple of 16", "[150, 272]"});
   }
   if (c.link == Link::mpi_windows && c.ranks > 1) {
     list.push_back({"EngineConfig::windows is true", "mpi"});
