@@ -23,6 +23,7 @@ const CudaPart& cuda_part() {
       .deallocate_pinned = cuda::deallocate_pinned,
       .allocate_mapped = cuda::allocate_mapped,
       .deallocate_mapped = cuda::deallocate_mapped,
+      .is_one_allocation = cuda::is_one_allocation,
       .quantize = cuda::quantize,
       .convert = cuda::convert,
       .transpose = cuda::transpose,

@@ -46,6 +46,9 @@ struct Backend {
   /// Host memory that the device's kernels reach too, and where.
   void* (*allocate_mapped)(const Context&, std::size_t bytes, void** on_device);
   void (*deallocate_mapped)(const Context&, void* data);
+  /// Whether both addresses lie in memory that was allocated at one time: a copy may then go from
+  /// one to the other. Neighbours that were not are refused by some copies.
+  bool (*is_one_allocation)(const Context&, const void* a, const void* b);
   // ops
   void (*quantize)(const Context&, const QuantizeArgs&);
   void (*convert)(const Context&, const ScaledView& in, const TensorView& out);

@@ -21,6 +21,7 @@ const Backend& cpu_backend() {
       .deallocate_pinned = cpu::deallocate,
       .allocate_mapped = cpu::allocate_mapped,
       .deallocate_mapped = cpu::deallocate_mapped,
+      .is_one_allocation = cpu::is_one_allocation,
       .quantize = cpu::quantize,
       .convert = cpu::convert,
       .transpose = cpu::transpose,

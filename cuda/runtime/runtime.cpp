@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/runtime/runtime.hpp"
 
+#include <cuda.h>
+
 #include "cuda/check.hpp"
 
 namespace octet::detail::cuda {
@@ -11,6 +13,23 @@ constexpr int kMinimumCapability = 80;
 
 int index_of(void* device_index) {
   return static_cast<int>(reinterpret_cast<std::intptr_t>(device_index));
+}
+
+// The runtime does not know it; the driver is loaded, so its library need not be linked.
+CUdeviceptr begin_of_allocation(const void* data) {
+  static const auto get_attribute = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    OCTET_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuPointerGetAttribute", &entry, 12000,
+                                                      cudaEnableDefault, &result));
+    require(result == cudaDriverEntryPointSuccess, "the driver has no cuPointerGetAttribute");
+    return reinterpret_cast<decltype(&cuPointerGetAttribute)>(entry);
+  }();
+  CUdeviceptr begin = 0;
+  const CUresult status =
+      get_attribute(&begin, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                    static_cast<CUdeviceptr>(reinterpret_cast<std::uintptr_t>(data)));
+  return status == CUDA_SUCCESS ? begin : 0;
 }
 
 }  // namespace
@@ -107,6 +126,12 @@ void* allocate_mapped(const Context& ctx, std::size_t bytes, void** on_device) {
 void deallocate_mapped(const Context& ctx, void* data) {
   cudaSetDevice(ctx.device().index);
   cudaFreeHost(data);
+}
+
+bool is_one_allocation(const Context& ctx, const void* a, const void* b) {
+  set_device(ctx);
+  const CUdeviceptr begin = begin_of_allocation(a);
+  return begin != 0 && begin == begin_of_allocation(b);
 }
 
 int device_count() {

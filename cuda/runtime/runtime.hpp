@@ -20,6 +20,7 @@ void* allocate_pinned(std::size_t bytes, CUstream_st* stream, void* device_index
 void deallocate_pinned(void* data, std::size_t bytes, CUstream_st* stream, void* device_index);
 void* allocate_mapped(const Context& ctx, std::size_t bytes, void** on_device);
 void deallocate_mapped(const Context& ctx, void* data);
+bool is_one_allocation(const Context& ctx, const void* a, const void* b);
 int device_count();
 void check_device(int index);
 int compute_capability(int index);

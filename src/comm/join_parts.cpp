@@ -3,22 +3,19 @@
 
 #include <sstream>
 
+#include "backend.hpp"
+
 namespace octet {
 namespace {
 
-template <class Part>
-const char* end_of(const Part& part) {
-  return static_cast<const char*>(part.data) + part.bytes;
-}
-
 // One character for each part to or from a rank: '1' where it begins where the one before ends.
 template <class Part>
-std::string touching(const std::vector<Part>& parts, int peer) {
+std::string touching(const Context& ctx, const std::vector<Part>& parts, int peer) {
   std::string text;
   const Part* last = nullptr;
   for (const Part& part : parts) {
     if (part.peer != peer) continue;
-    text += last != nullptr && part.data == end_of(*last) ? '1' : '0';
+    text += last != nullptr && follows(ctx, part.data, last->data, last->bytes) ? '1' : '0';
     last = &part;
   }
   return text;
@@ -45,6 +42,11 @@ std::vector<Part> joined(const std::vector<Part>& parts, const std::vector<std::
 
 }  // namespace
 
+bool follows(const Context& ctx, const void* next, const void* data, std::size_t bytes) {
+  return next == static_cast<const char*>(data) + bytes &&
+         detail::backend_of(ctx).is_one_allocation(ctx, data, next);
+}
+
 void join_parts(Communicator& comm, std::vector<SendPart>& sends, std::vector<RecvPart>& recvs) {
   const auto ranks = static_cast<std::size_t>(comm.size());
   if (ranks == 1) return;
@@ -52,8 +54,8 @@ void join_parts(Communicator& comm, std::vector<SendPart>& sends, std::vector<Re
   std::vector<std::string> own_sends, own_recvs, their_sends(ranks), their_recvs(ranks);
   std::ostringstream text;
   for (int peer = 0; peer < comm.size(); ++peer) {
-    own_sends.push_back(touching(sends, peer));
-    own_recvs.push_back(touching(recvs, peer));
+    own_sends.push_back(touching(comm.context(), sends, peer));
+    own_recvs.push_back(touching(comm.context(), recvs, peer));
     text << '.' << own_sends.back() << " ." << own_recvs.back() << ' ';
   }
   const std::vector<std::string> texts = all_gather_text_sync(comm, text.str());

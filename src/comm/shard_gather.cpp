@@ -117,10 +117,10 @@ void ShardGather::plan(const std::vector<ShardedTensor>& tensors, const Owners& 
 
 // Joined to the copy before where it goes on in both memories.
 void ShardGather::add_copy(const Copy& copy) {
-  const bool follows = !copies_.empty() &&
-                       copies_.back().from + copies_.back().bytes == copy.from &&
-                       copies_.back().to + copies_.back().bytes == copy.to;
-  if (follows) {
+  const bool goes_on =
+      !copies_.empty() && copies_.back().to + copies_.back().bytes == copy.to &&
+      follows(comm_.context(), copy.from, copies_.back().from, copies_.back().bytes);
+  if (goes_on) {
     copies_.back().bytes += copy.bytes;
   } else {
     copies_.push_back(copy);

@@ -16,5 +16,6 @@ void event_record(const Context& ctx, void* event);
 void event_wait(const Context& ctx, void* event);
 void* allocate_mapped(const Context& ctx, std::size_t bytes, void** on_device);
 void deallocate_mapped(const Context& ctx, void* data);
+bool is_one_allocation(const Context& ctx, const void* a, const void* b);
 
 }  // namespace octet::detail::cpu

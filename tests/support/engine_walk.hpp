@@ -223,7 +223,7 @@ class Walker {
     expect("sharding has nothing to cut", c_.ranks == 1 && c_.cut() != Sharding::none);
     expect("pinned host memory", c_.offload);
     expect("transposed weight", is_transposed(f.weight) && !c_.cuts_weights());
-    expect("transposed copies made by every rank", is_transposed(f.weight) && c_.cuts_weights());
+    expect("transposed copies made by every rank", is_transposed(f.weight) && c_.is_cut());
   }
 
   template <class T>
