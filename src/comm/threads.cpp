@@ -293,7 +293,8 @@ class ThreadRank final : public Communicator {
     const auto begins =
         octet::read_sync<void*>(context(), all.data(), static_cast<std::size_t>(size()));
     return std::make_unique<Window>(context(), rank_, begins, bytes, memory->bytes(),
-                                    std::max(1, kBlocksOnDevice / size()), deadline(), memory);
+                                    std::max(1, kBlocksOnDevice / size()), deadline(), memory,
+                                    size() > 1);
   }
 
  private:

@@ -26,10 +26,11 @@ void PeerWords::abort() { std::atomic_ref(status_->abort).store(1, std::memory_o
 
 Window::Window(const Context& ctx, int rank, const std::vector<void*>& begins, std::size_t bytes,
                std::size_t memory, int blocks, std::chrono::milliseconds deadline,
-               std::shared_ptr<void> owner)
+               std::shared_ptr<void> owner, bool is_within_device)
     : owner_(std::move(owner)),
       bytes_(bytes),
       memory_(memory),
+      is_within_device_(is_within_device),
       words_(std::make_shared<PeerWords>(ctx)) {
   for (void* begin : begins) begins_.push_back(static_cast<std::byte*>(begin));
   begin_ = begins_[static_cast<std::size_t>(rank)];

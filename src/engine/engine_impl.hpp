@@ -137,10 +137,16 @@ struct Engine::Impl {
   void require_frozen(const char* call) const;
 
   Schedule schedule() const;
-  /// Whether collectives run beside what the engine's stream does.
+  /// Whether collectives run beside what the engine's stream does. Those of sharded gradients and
+  /// weights begin during the backward pass whatever the schedule.
   bool overlaps() const {
     return comm.size() > 1 &&
-           (schedule() == Schedule::overlap || (shards_weights() && streams.is_apart()));
+           (schedule() == Schedule::overlap || (shards_gradients() && streams.is_apart()));
+  }
+  /// Whether kernels that do not end before others do, of other streams or of other ranks, are on
+  /// the device beside what the engine's stream does.
+  bool shares_device() const {
+    return overlaps() || (window != nullptr && window->is_within_device());
   }
   /// What the micro-batches of gradients stored so are summed in.
   DType accumulator_of(DType gradient) const;

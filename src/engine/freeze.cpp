@@ -19,8 +19,9 @@ void Engine::Impl::build() try {
     allocate_optimizer();
     allocate_communication();
     initialise();
-    // Or the casts of a backward pass would wait for the reductions that run beside it.
-    if (overlaps()) ctx.set_shares_device(true);
+    // Or the casts of a backward pass would wait for the reductions that run beside it, which may
+    // be waiting for this rank.
+    if (shares_device()) ctx.set_shares_device(true);
     describe();
   });
 } catch (const SetUpError& error) {

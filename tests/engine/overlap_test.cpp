@@ -154,6 +154,40 @@ TEST_CASE("collectives are launched by add_gradient with overlap, by step withou
   }
 }
 
+TEST_CASE("the context knows of reductions beside it, and of ranks on its device") {
+  const struct {
+    Sharding sharding;
+    Schedule schedule;
+    bool apart, windows, shares;
+  } cases[] = {
+      {Sharding::optimizer, Schedule::after_backward, false, false, false},
+      {Sharding::optimizer, Schedule::after_backward, true, false, false},
+      {Sharding::optimizer, Schedule::overlap, true, false, true},
+      {Sharding::optimizer, Schedule::after_backward, false, true, true},
+      // Their memory is wanted again during the backward pass.
+      {Sharding::gradients, Schedule::after_backward, false, false, false},
+      {Sharding::gradients, Schedule::after_backward, true, false, true},
+      {Sharding::gradients, Schedule::after_backward, false, true, true},
+      {Sharding::parameters, Schedule::after_backward, true, false, true},
+      {Sharding::parameters, Schedule::after_backward, false, true, true},
+  };
+  for (const auto& c : cases) {
+    std::vector<int> shares(2, -1);
+    run_ranks(2, [&](Communicator& comm) {
+      const Context ctx = c.apart ? Context::cpu() : comm.context();
+      std::vector<Buffer> keep;
+      Engine engine(ctx, comm,
+                    {.sharding = c.sharding, .schedule = c.schedule, .windows = c.windows});
+      add_parameters(engine, ctx, keep);
+      engine.freeze();
+      shares[static_cast<std::size_t>(comm.rank())] = ctx.shares_device() ? 1 : 0;
+    });
+    INFO(name_of(c.sharding) << ", " << name_of(c.schedule) << ", two contexts " << c.apart
+                             << ", windows " << c.windows);
+    CHECK(shares == std::vector<int>(2, c.shares ? 1 : 0));
+  }
+}
+
 TEST_CASE("the plan counts the memory of both contexts") {
   for (Level level : kLevels) {
     for (int ranks : {1, 3}) {

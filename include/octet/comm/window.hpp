@@ -41,10 +41,11 @@ class Window {
  public:
   /// For communicators. Memory begins with peer_flag_bytes(), zeroed, and behind them come the
   /// window's own bytes; begins[r] is where rank r's is seen from this device. `memory` bytes were
-  /// taken for it in all, which `owner` gives back. Waits for the stream.
+  /// taken for it in all, which `owner` gives back. is_within_device: the ranks are on one device.
+  /// Waits for the stream.
   Window(const Context& ctx, int rank, const std::vector<void*>& begins, std::size_t bytes,
          std::size_t memory, int blocks, std::chrono::milliseconds deadline,
-         std::shared_ptr<void> owner);
+         std::shared_ptr<void> owner, bool is_within_device = false);
   Window(const Window&) = delete;
   Window& operator=(const Window&) = delete;
 
@@ -66,6 +67,9 @@ class Window {
   /// Fewer blocks for the kernels of reducers that are made afterwards, so that they leave most of
   /// the device to what runs beside them. The same number on every rank.
   void limit_blocks(int blocks) { peers_.blocks = std::min(peers_.blocks, blocks); }
+  /// Whether several ranks are on one device: a kernel of one then waits, on the device, for those
+  /// of others that have yet to get their turn there (Context::set_shares_device()).
+  bool is_within_device() const { return is_within_device_; }
   const std::shared_ptr<PeerWords>& words() const { return words_; }
 
  private:
@@ -74,6 +78,7 @@ class Window {
   std::byte* begin_ = nullptr;
   void* data_ = nullptr;
   std::size_t bytes_ = 0, memory_ = 0;
+  bool is_within_device_ = false;
   Buffer table_, epochs_;
   std::shared_ptr<PeerWords> words_;
   PeerMemory peers_;

@@ -130,9 +130,10 @@ class Engine {
  public:
   /// `comm` must live as long as the engine and belong to a context of the same device: the same,
   /// or one with a stream of its own, on which the reduction then runs beside the backward pass.
-  /// From the last add_gradient() of a bucket to the end of step() it belongs to the engine. Where
-  /// ranks overlap so, freeze() tells the context that it shares the device
-  /// (Context::set_shares_device()).
+  /// To the end of step() it belongs to the engine from the last add_gradient() of a bucket on,
+  /// with sharded gradients from the first add_gradient() on, with sharded weights from the first
+  /// gather() on. Where reductions run so, and where ranks with a window are on one device,
+  /// freeze() tells the context that it shares the device (Context::set_shares_device()).
   Engine(const Context& ctx, Communicator& comm, const EngineConfig& config = {});
   ~Engine();
   Engine(const Engine&) = delete;
