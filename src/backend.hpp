@@ -3,6 +3,7 @@
 // arguments, picks the table by ctx.device() and makes one indirect call.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -39,6 +40,9 @@ struct Backend {
   void (*event_destroy)(const Context&, void* event);
   void (*event_record)(const Context&, void* event);
   void (*event_wait)(const Context&, void* event);
+  /// A number of the graph that the context's stream is being captured into, another one for every
+  /// capture; 0 when it is not.
+  std::uint64_t (*capture)(const Context&);
   /// Page-locked host memory that kernels of every device reach at the same address; the ordinary
   /// memory of a CPU. Throws when there is none.
   void* (*allocate_pinned)(std::size_t bytes, CUstream_st* stream, void* device_index);

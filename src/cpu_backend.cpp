@@ -17,6 +17,7 @@ const Backend& cpu_backend() {
       .event_destroy = cpu::event_destroy,
       .event_record = cpu::event_record,
       .event_wait = cpu::event_wait,
+      .capture = cpu::capture,
       .allocate_pinned = cpu::allocate,
       .deallocate_pinned = cpu::deallocate,
       .allocate_mapped = cpu::allocate_mapped,

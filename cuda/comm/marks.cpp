@@ -6,6 +6,7 @@
 #include <new>
 
 #include "cuda/check.hpp"
+#include "cuda/runtime/runtime.hpp"
 
 namespace octet::detail::cuda {
 namespace {
@@ -22,15 +23,6 @@ T load(const T& word) {
 
 bool same(const CollectiveName& a, const CollectiveName& b) {
   return a.bucket == b.bucket && (a.op == b.op || std::strcmp(a.op, b.op) == 0);
-}
-
-// The legacy default stream cannot be captured, and asking about it while another stream is would
-// break that capture.
-bool is_captured(cudaStream_t stream) {
-  if (stream == nullptr || stream == cudaStreamLegacy) return false;
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  OCTET_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace
@@ -68,7 +60,7 @@ std::uint64_t Marks::tag_of(const CollectiveName& name) {
     while (index < names_.size() && !same(names_[index], name)) ++index;
     if (index == names_.size()) names_.push_back(name);
   }
-  return (is_captured(ctx_.stream()) ? kCaptured : 0) | index << kCountBits;
+  return (capture(ctx_) != 0 ? kCaptured : 0) | index << kCountBits;
 }
 
 Marks::Reading Marks::read() {

@@ -88,6 +88,16 @@ void event_wait(const Context& ctx, void* event) {
   OCTET_CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), static_cast<cudaEvent_t>(event), 0));
 }
 
+// The legacy default stream cannot be captured, and asking about it while another stream is would
+// break that capture.
+std::uint64_t capture(const Context& ctx) {
+  if (ctx.stream() == nullptr || ctx.stream() == cudaStreamLegacy) return 0;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  OCTET_CUDA_CHECK(cudaStreamGetCaptureInfo(ctx.stream(), &status, &id));
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
 void* allocate_pinned(std::size_t bytes, CUstream_st*, void* device_index) {
   OCTET_CUDA_CHECK(cudaSetDevice(index_of(device_index)));
   void* data = nullptr;

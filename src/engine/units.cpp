@@ -3,8 +3,11 @@
 //
 // Collectives of gather() and those of gradients share a communicator, so all ranks must launch
 // them in one order. add_gradient() may come in different orders on different ranks, or not at all;
-// hence nothing of a unit's gradients is launched there: release() does, which all ranks call in
-// the same order, when the unit is the next in line and has gradients.
+// hence a unit's gradients are not launched when the last of them comes: release() does, which all
+// ranks call in the same order, when the unit is the next in line and a parameter of it has its
+// gradient. Where release() did not, the first gradient of the unit two further on does
+// (open_gradient()), because it wants the memory. Both ask whether a unit has a gradient, which by
+// the rule of release() is the same on all ranks between two calls.
 #include <algorithm>
 #include <sstream>
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <exception>
 
+#include "backend.hpp"
 #include "engine/turn_weight.hpp"
 #include "octet/ops/state_format.hpp"
 
@@ -175,6 +176,17 @@ void WeightUnits::check_unit(int unit, const char* call) const {
           "; they are 0 to ", count() - 1);
 }
 
+// See the class: the host does not see what replays leave in slots, nor that they change weights.
+void WeightUnits::forget_uncertain() {
+  capture_ = detail::backend_of(ctx_).capture(ctx_);
+  was_captured_ = was_captured_ || capture_ != 0;
+  if (!was_captured_) return;
+  for (Slot& slot : slots_) {
+    const bool is_certain = capture_ != 0 && slot.capture == capture_;
+    if (!slot.is_held && !is_certain) slot.unit = -1;
+  }
+}
+
 int WeightUnits::slot_of(int unit) const {
   for (int s = 0; s < kSlots; ++s) {
     if (slots_[index(s)].unit == unit) return s;
@@ -216,6 +228,7 @@ void WeightUnits::gather(int unit) {
   check_unit(unit, "gather");
   require(!is_whole(unit), "Engine::gather: unit ", unit,
           " is whole already; release() comes first");
+  forget_uncertain();
   int s = slot_of(unit);
   if (s < 0) s = free_slot();
   require(s >= 0, "Engine::gather: unit ", unit, " has no place, because units ", held_units(),
@@ -233,6 +246,7 @@ void WeightUnits::release(int unit) {
   check_unit(unit, "release");
   require(is_whole(unit), "Engine::release: unit ", unit, " is not whole; gather() comes first");
   slots_[index(slot_of(unit))].is_held = false;
+  forget_uncertain();
   fetch_ahead();
 }
 
@@ -257,6 +271,7 @@ void WeightUnits::fetch(int unit, int s) {
   turn(unit, s);
   slot.arrived->record();
   slot.unit = unit;
+  slot.capture = capture_;
 }
 
 void WeightUnits::turn(int unit, int s) {
@@ -296,6 +311,7 @@ int WeightUnits::wanted_after(int unit) {
 }
 
 void WeightUnits::fetch_ahead() {
+  if (was_captured_ && capture_ == 0) return;  // it would not be counted on
   if (ahead_ < 0 || slot_of(ahead_) >= 0) return;
   const int s = free_slot();
   if (s < 0) return;

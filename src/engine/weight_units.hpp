@@ -21,6 +21,10 @@ namespace octet {
 /// The unit that is wanted next is gathered ahead, on the communicator's stream and beside what the
 /// engine's does, as soon as a slot is free: the one that came next in the step before, or else the
 /// next in the direction of travel.
+///
+/// What a slot holds is known by the calls that were made. A CUDA graph does its work whenever it
+/// is replayed, without calls: so a capture does not count on what is in a slot from outside of it,
+/// and nobody does any more once there has been one.
 class WeightUnits {
  public:
   struct Weight {
@@ -103,7 +107,8 @@ class WeightUnits {
     std::unique_ptr<Event> arrived;
     int unit = -1;  ///< what is in it, or on its way
     bool is_held = false;
-    std::uint64_t used = 0;  ///< when it was last taken
+    std::uint64_t capture = 0;  ///< that the gather belongs to
+    std::uint64_t used = 0;     ///< when it was last taken
   };
 
   void lay_out(const std::vector<Part>& parts, Plan& plan);
@@ -112,6 +117,7 @@ class WeightUnits {
   void add_turned(Unit& unit);
   void allocate_slots(Plan& plan);
   void check_unit(int unit, const char* call) const;
+  void forget_uncertain();
   int slot_of(int unit) const;
   int free_slot() const;
   std::string held_units() const;
@@ -134,6 +140,8 @@ class WeightUnits {
   std::size_t position_ = 0;       ///< gathers of this step
   int last_ = -1, direction_ = 1, ahead_ = -1;
   std::uint64_t clock_ = 0;
+  std::uint64_t capture_ = 0;  ///< that the stream is in
+  bool was_captured_ = false;
 };
 
 }  // namespace octet

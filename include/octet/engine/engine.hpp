@@ -180,24 +180,29 @@ class Engine {
   /// unit that is likely next ahead, beside the stream: the one that came next in the step before,
   /// else the next in the direction of travel. At most two units are whole at a time. One that is
   /// still in memory since the last step is not gathered again. The host does not wait.
+  /// A CUDA graph holds whole steps, from before the first gather() to step(), and no unit is whole
+  /// when it is replayed. Replays change weights unseen by the host: once a gather() has been
+  /// captured, those outside of captures always gather anew and nothing ahead.
   /// With shardings other than parameters, and with one rank, all weights are whole all the time;
   /// both calls do nothing. Throws octet::Error for a number that no unit has, a unit that is whole
   /// already and a third one, CommError when an earlier collective failed.
   void gather(int unit);
-  /// Gives the weights of a unit up, behind what the stream has been given so far. When gradients
-  /// of the unit have been handed over (all micro-batches of a parameter at least), and those of
-  /// all units behind it are reduced, this ends them: their reduction is launched here, a parameter
-  /// without any counts as zero, and one more for the unit is an error until step(). Which
-  /// collectives run in which order follows from gather(), release() and step(), which all ranks
-  /// call in the same order; so a unit that has gradients on one rank has some on all, handed over
-  /// between the same two of these calls (a parameter without may get zeros). Throws octet::Error
-  /// for a unit that is not whole.
+  /// Gives the weights of a unit up, behind what the stream has been given so far. When a parameter
+  /// of the unit has got the last of its micro-batches, and gradients of all units behind it are
+  /// reduced, this ends the unit's: their reduction is launched here, a parameter without any
+  /// counts as zero, and one more for the unit is an error until step(). Which collectives run in
+  /// which order follows from gather(), release() and step(), which all ranks call in the same
+  /// order, and from which units have such a parameter. So a unit that has one on one rank must
+  /// have one on all, another it may be (zeros do), handed over between the same two of these
+  /// calls. Throws octet::Error for a unit that is not whole, CommError when an earlier collective
+  /// failed.
   void release(int unit);
   /// How often the weights of a unit have travelled since freeze(): gather() of one that is still
   /// in memory sends nothing, gathering ahead does. Of what this rank has sent,
-  /// Plan::wire_bytes_per_step every step and Plan::unit_gather_bytes every time are all. Host
-  /// state, the same on every rank; 0 where all weights are whole all the time. Throws octet::Error
-  /// before freeze() and for a number that no unit has.
+  /// Plan::wire_bytes_per_step every step and Plan::unit_gather_bytes every time are all. A capture
+  /// counts as if it were run, replays do not. Host state, the same on every rank; 0 where all
+  /// weights are whole all the time. Throws octet::Error before freeze() and for a number that no
+  /// unit has.
   std::int64_t unit_gathers(int unit) const;
 
   /// Hands over the gradient of a parameter for one micro-batch: same shape, f32, bf16 or f16. It
