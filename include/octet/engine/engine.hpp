@@ -55,7 +55,8 @@ struct EngineConfig {
   /// shard buffer (4 bytes per parameter that a rank owns), which only steps that clip fill.
   bool clipping = true;
   /// Gradients of a parameter that make up a step, one from each micro-batch. They are summed, and
-  /// the sum is reduced once: for the mean divide the loss by micro_batches.
+  /// the sum is reduced once: for the mean divide the loss by micro_batches. A parameter may get
+  /// fewer; with sharded weights see Engine::release().
   int micro_batches = 1;
   /// What more than one micro-batch is summed in: f32 (the default: 4 bytes per parameter, and the
   /// sum is rounded to the gradient's format once) or bf16 (2 bytes, enough for few micro-batches:
