@@ -78,9 +78,9 @@ void GradientReducer::register_params(const std::vector<GradientBucket>& buckets
   }
 }
 
-// A backward pass that was given up may have left reductions running.
+// A backward pass that was given up may have left reductions running, of a bucket too that failed
+// half-way and does not count as launched.
 GradientReducer::~GradientReducer() {
-  if (next_ == 0) return;
   try {
     streams_.join();
   } catch (const std::exception&) {  // the device has failed; freeing memory will not wait for it

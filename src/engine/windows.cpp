@@ -19,12 +19,13 @@ std::size_t padded(std::size_t bytes) { return WorkspaceScope::padded(bytes); }
 
 }  // namespace
 
-// A window goes in the order of the communicator's stream; what the engine's was given before, a
-// forward pass that reads weights, say, comes first.
+// Memory goes in the order of the stream that it came from, a window in that of the communicator's.
+// What the other one has been given comes first: a forward pass that reads weights in the window,
+// say, or the collectives of a step that failed before its end.
 Engine::Impl::~Impl() {
-  if (window == nullptr) return;
   try {
     streams.fork();
+    streams.join();
   } catch (const std::exception&) {  // the device has failed; freeing memory will not wait for it
   }
 }
