@@ -10,11 +10,6 @@
 #include "engine/engine_impl.hpp"
 
 namespace octet {
-namespace {
-
-constexpr int kSlots = 2;
-
-}  // namespace
 
 // In reverse order of registration, which is about the order in which a backward pass produces the
 // gradients; of one kind, or of both.

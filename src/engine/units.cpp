@@ -125,8 +125,9 @@ TensorView Engine::Impl::whole_transposed(ParamId id, const char* call) const {
 std::string Engine::Impl::describe_weights() const {
   std::ostringstream text;
   text << "cut: " << units->count() << (units->count() == 1 ? " unit is" : " units are")
-       << " gathered by gather() as stored, by send/receive, into two slots of "
-       << units->slot_bytes() << " bytes, the next one ahead "
+       << " gathered by gather() as stored, by send/receive, into "
+       << (units->slot_count() == 1 ? "one slot" : "two slots") << " of " << units->slot_bytes()
+       << " bytes, the next one ahead "
        << (streams.is_apart() ? "on the communicator's own stream"
                               : "on the one stream, because the communicator shares the engine's");
   const WeightFormat format = plan.formats.state.weight;

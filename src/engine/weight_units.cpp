@@ -11,19 +11,12 @@
 namespace octet {
 namespace {
 
-// Where a weight may begin: vectors and matrix products want that much.
-constexpr std::size_t kAlignment = 16;
-
-std::size_t aligned(std::size_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
 std::size_t index(int i) { return static_cast<std::size_t>(i); }
 
-/// Takes memory of the end of what is laid out so far.
+/// Takes memory of the end of what is laid out so far, aligned like memory of its own.
 std::size_t take(std::size_t& end, std::size_t bytes) {
   const std::size_t begin = end;
-  end += aligned(bytes);
+  end += WorkspaceScope::padded(bytes);
   return begin;
 }
 
@@ -48,10 +41,11 @@ WeightUnits::WeightUnits(const Context& ctx, Communicator& comm, std::vector<Wei
   now_.reserve(gathers);
   lay_out(parts, plan);
   allocate_slots(plan);
+  std::vector<void*> destinations;
+  for (const Slot& slot : slots_) destinations.push_back(slot.memory.data());
   for (Unit& unit : units_) {
-    unit.gather = std::make_unique<ShardGather>(
-        comm_, unit.tensors, unit.owners,
-        std::vector<void*>{slots_[0].memory.data(), slots_[1].memory.data()}, unit.bytes);
+    unit.gather =
+        std::make_unique<ShardGather>(comm_, unit.tensors, unit.owners, destinations, unit.bytes);
   }
 }
 
@@ -156,11 +150,13 @@ void WeightUnits::add_turned(Unit& unit) {
 void WeightUnits::allocate_slots(Plan& plan) {
   for (const Unit& unit : units_) slot_bytes_ = std::max(slot_bytes_, unit.bytes);
   const std::size_t before = ctx_.memory_use().current;
+  slots_.resize(index(std::min(kSlots, count())));
   for (Slot& slot : slots_) {
     slot.memory = Buffer(ctx_, slot_bytes_);
     slot.arrived = std::make_unique<Event>(comm_.context());
   }
-  plan.count("weight slots", true, false, kSlots * slot_bytes_, ctx_.memory_use().current - before);
+  plan.count("weight slots", true, false, slots_.size() * slot_bytes_,
+             ctx_.memory_use().current - before);
 }
 
 TensorView WeightUnits::shard(int param) const {
@@ -188,7 +184,7 @@ void WeightUnits::forget_uncertain() {
 }
 
 int WeightUnits::slot_of(int unit) const {
-  for (int s = 0; s < kSlots; ++s) {
+  for (int s = 0; s < slot_count(); ++s) {
     if (slots_[index(s)].unit == unit) return s;
   }
   return -1;
@@ -197,7 +193,7 @@ int WeightUnits::slot_of(int unit) const {
 // Of two the one that was taken longer ago: what went through last is wanted first on the way back.
 int WeightUnits::free_slot() const {
   int found = -1;
-  for (int s = 0; s < kSlots; ++s) {
+  for (int s = 0; s < slot_count(); ++s) {
     const Slot& slot = slots_[index(s)];
     if (slot.is_held) continue;
     if (found < 0 || slot.used < slots_[index(found)].used) found = s;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <memory>
 #include <optional>
 #include <string>
@@ -14,9 +13,12 @@
 
 namespace octet {
 
+/// How many units are whole at a time at most, and of how many groups gradients are in memory.
+inline constexpr int kSlots = 2;
+
 /// The weights of Sharding::parameters. Every rank keeps its pieces; whole ones exist by units, in
-/// two slots that units are gathered into. All ranks make the same calls in the same order, and
-/// which collectives follow depends on these calls alone.
+/// slots that units are gathered into: two, or one for a single unit. All ranks make the same calls
+/// in the same order, and which collectives follow depends on these calls alone.
 ///
 /// The unit that is wanted next is gathered ahead, on the communicator's stream and beside what the
 /// engine's does, as soon as a slot is free: the one that came next in the step before, or else the
@@ -79,10 +81,10 @@ class WeightUnits {
   std::uint64_t payload_bytes(int unit) const;
   /// Gathers of a unit so far, those ahead included. Throws as gather() for a number no unit has.
   std::int64_t gathers(int unit) const;
+  int slot_count() const { return static_cast<int>(slots_.size()); }
   std::size_t slot_bytes() const { return slot_bytes_; }
 
  private:
-  static constexpr int kSlots = 2;
   static constexpr std::size_t kNowhere = static_cast<std::size_t>(-1);
 
   /// Where a weight lies: its shard in the memory of its part, and in a slot everything of it.
@@ -134,7 +136,7 @@ class WeightUnits {
   std::vector<Place> places_;
   std::vector<std::unique_ptr<Buffer>> shards_;  ///< of the parts
   std::vector<Unit> units_;
-  std::array<Slot, kSlots> slots_;
+  std::vector<Slot> slots_;
   std::size_t slot_bytes_ = 0;
   std::vector<int> before_, now_;  ///< what was gathered in the step before, and so far in this one
   std::size_t position_ = 0;       ///< gathers of this step

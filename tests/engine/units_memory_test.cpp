@@ -160,4 +160,25 @@ TEST_CASE("the plan of sharded weights tells of units, slots and what a gather s
   CHECK(alone[0].plan.weight_gather.find("written by the update") != std::string::npos);
 }
 
+TEST_CASE("a single unit, where parameters name none, has one slot") {
+  std::vector<Plan> plans(2);
+  run_ranks(2, [&](Communicator& comm) {
+    const Context& ctx = comm.context();
+    Engine engine(ctx, comm, {.sharding = Sharding::parameters});
+    const Buffer init = upload(ctx, std::vector<float>(256 * 128, 0.01f));
+    for (const char* name : {"a", "b"}) {
+      engine.add(
+          {.name = name, .shape = {256, 128}, .init = view_of(ctx, init, DType::f32, {256, 128})});
+    }
+    engine.freeze();
+    engine.gather(0);
+    engine.release(0);
+    plans[static_cast<std::size_t>(comm.rank())] = engine.plan();
+  });
+  for (const Plan& plan : plans) {
+    CHECK(row(plan, "weight slots", true) == 2 * 256 * 128);
+    CHECK(plan.weight_gather.find("one slot of 65536 bytes") != std::string::npos);
+  }
+}
+
 }  // namespace octet::test
