@@ -90,7 +90,8 @@ bool read_command_line(int argc, char** argv, Arguments& a) {
                  "3; default: optimizer at O3, else none)");
   app.add_option("--reduced-gradient", a.reduced_gradient,
                  "Format of the mean gradient that a cut optimizer reads: f32, or that of the "
-                 "gradients themselves, bf16 or e4m3 (default: f32)");
+                 "gradients themselves, bf16 or e4m3, which is what --sharding none has (default: "
+                 "f32); --load wants the one that was saved");
   app.add_flag("--offload-states", a.offload_states,
                "Moments and master weights live in pinned host memory");
   app.add_option("--load", a.load,

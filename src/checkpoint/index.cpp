@@ -16,6 +16,7 @@ using nlohmann::json;
 
 constexpr const char* kFormat = "octet checkpoint";
 constexpr std::int64_t kVersion = 1;
+constexpr int kDeepest = 16;  ///< of JSON; an index has 8
 
 json json_of(const AdamwHyper& h) {
   return {{"lr_factor", h.lr_factor},
@@ -56,6 +57,11 @@ json content_of(const Index& index) {
         {"decoupled_weight_decay", index.adamw.decoupled_weight_decay},
         {"maximize", index.adamw.maximize},
         {"stochastic_rounding", index.adamw.stochastic_rounding}}},
+      {"gradients",
+       {{"gradient", index.gradients.gradient},
+        {"reduced", index.gradients.reduced},
+        {"accumulator", index.gradients.accumulator},
+        {"micro_batches", index.gradients.micro_batches}}},
       {"metadata", index.metadata},
       {"scales", octet::json_of(index.scales)},
   };
@@ -177,6 +183,11 @@ Index read_content(const JsonField& content) {
   index.adamw.decoupled_weight_decay = adamw.at("decoupled_weight_decay").boolean();
   index.adamw.maximize = adamw.at("maximize").boolean();
   index.adamw.stochastic_rounding = adamw.at("stochastic_rounding").boolean();
+  const JsonField gradients = content.at("gradients");
+  index.gradients = {.gradient = gradients.at("gradient").text(),
+                     .reduced = gradients.at("reduced").text(),
+                     .accumulator = gradients.at("accumulator").text(),
+                     .micro_batches = gradients.at("micro_batches").integer()};
   const JsonField metadata = content.at("metadata");
   if (!metadata.value().is_object()) metadata.refuse("is no object");
   for (const auto& entry : metadata.value().items()) {
@@ -211,11 +222,16 @@ std::string index_text(const Index& index) {
 }
 
 Index parse_index(const std::string& file, const std::string& text) {
+  // What writes a value as text calls itself for every level of it.
+  const auto check_depth = [&file](int depth, json::parse_event_t, const json&) {
+    require(depth <= kDeepest, file, ": is nested more than ", kDeepest, " deep");
+    return true;
+  };
   json all;
   try {
-    all = json::parse(text);
+    all = json::parse(text, check_depth);
   } catch (const json::exception& error) {
-    fail(file, ": is not JSON: ", error.what());
+    fail(file, ": is not JSON: ", shown_text(error.what()));
   }
   const JsonField root(file, all);
   if (const std::string format = root.at("format").text(); format != kFormat) {

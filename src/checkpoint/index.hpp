@@ -48,11 +48,18 @@ struct IndexFile {
   std::uint64_t bytes = 0;
 };
 
+/// GradientFormats, as name_of() spells them.
+struct IndexGradients {
+  std::string gradient = {}, reduced = {}, accumulator = {};
+  std::int64_t micro_batches = 1;
+};
+
 struct Index {
   std::string id = {};
   std::int64_t step = 0, skipped = 0;
   std::string level = {}, sharding = {};  ///< for people: nothing depends on them
   AdamWConfig adamw = {};                 ///< the modes and the seed; parameters have the rest
+  IndexGradients gradients = {};
   std::map<std::string, std::string> metadata = {};
   std::vector<IndexFile> files = {};  ///< of every rank that saved
   std::vector<IndexParam> params = {};

@@ -72,6 +72,8 @@ void Load::check() {
   state_.emplace(engine_.state());
   require(engine_.plan().ranks == comm_.size(), "load_checkpoint: the communicator has ",
           comm_.size(), " ranks, the engine ", engine_.plan().ranks, "; it must be the engine's");
+  require(state_->whole_units.empty(), "load_checkpoint: of the units, ", state_->whole_units,
+          " are whole; all must have been released first, because what they hold changes");
   agree();
   const std::string path = info().index;
   require_match(path, index_, *state_, options_.change_hyper_parameters);

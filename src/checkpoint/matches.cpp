@@ -38,6 +38,23 @@ void require_modes(const std::string& path, const AdamWConfig& saved, const Adam
   require_hyper(subject, "stochastic_rounding", saved.stochastic_rounding, own.stochastic_rounding);
 }
 
+void require_gradient_format(const std::string& path, const char* field, const std::string& saved,
+                             DType own, const char* set) {
+  require(saved == name_of(own), path, ": content.gradients: ", field, " was ", shown_text(saved),
+          ", the engine has \"", name_of(own), "\"; set EngineConfig::", set,
+          ", or LoadOptions::change_hyper_parameters goes on with the engine's");
+}
+
+// How many micro-batches there are is the trainer's to choose, as is the number of ranks: it hands
+// other gradients over. What they are summed in counts where both runs sum.
+void require_gradients(const std::string& path, const IndexGradients& saved,
+                       const GradientFormats& own) {
+  require_gradient_format(path, "gradient", saved.gradient, own.gradient, "formats");
+  require_gradient_format(path, "reduced", saved.reduced, own.reduced, "reduced_gradient");
+  if (saved.micro_batches == 1 || own.micro_batches == 1) return;
+  require_gradient_format(path, "accumulator", saved.accumulator, own.accumulator, "accumulator");
+}
+
 // Order counts: the random bits of an element depend on how many come before it.
 void require_names(const std::string& path, const Index& index, const EngineState& state) {
   std::set<std::string> saved, own;
@@ -89,7 +106,9 @@ void require_match(const std::string& path, const Index& index, const EngineStat
             " arrays, the engine has ", own.arrays.size());
     if (!change_hyper_parameters) require_hypers(subject, saved.hyper, own.hyper);
   }
-  if (!change_hyper_parameters) require_modes(path, index.adamw, state.adamw);
+  if (change_hyper_parameters) return;
+  require_modes(path, index.adamw, state.adamw);
+  require_gradients(path, index.gradients, state.gradients);
 }
 
 const IndexExtra* find_extra(const Index& index, const std::string& name) {

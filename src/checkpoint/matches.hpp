@@ -11,7 +11,8 @@
 
 namespace octet {
 
-/// Parameters with their shapes, formats and hyper-parameters; modes and seed. Ranges are unions of
+/// Parameters with their shapes, formats and hyper-parameters; modes, seed and the formats of
+/// gradients. Ranges are unions of
 /// entries afterwards.
 void require_match(const std::string& path, const Index& index, const EngineState& state,
                    bool change_hyper_parameters);

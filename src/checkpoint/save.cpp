@@ -135,6 +135,13 @@ void add_part(Index& index, const json& part) {
   }
 }
 
+IndexGradients index_gradients(const GradientFormats& formats) {
+  return {.gradient = std::string(name_of(formats.gradient)),
+          .reduced = std::string(name_of(formats.reduced)),
+          .accumulator = std::string(name_of(formats.accumulator)),
+          .micro_batches = formats.micro_batches};
+}
+
 Index make_index(const Save& save, const std::vector<std::string>& fragments) {
   Index index{.id = save.id,
               .step = save.step,
@@ -142,6 +149,7 @@ Index make_index(const Save& save, const std::vector<std::string>& fragments) {
               .level = save.level,
               .sharding = save.sharding,
               .adamw = save.state.adamw,
+              .gradients = index_gradients(save.state.gradients),
               .metadata = save.options.metadata};
   for (const ParamState& param : save.state.params) {
     IndexParam one{.name = param.name, .shape = {}, .hyper = param.hyper, .arrays = {}};

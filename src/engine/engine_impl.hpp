@@ -167,6 +167,7 @@ struct Engine::Impl {
   void finish_gradients(bool sums_contributions);
 
   ParamState state_of(int i) const;
+  GradientFormats gradient_formats() const;
   /// A weight that is not cut, and its transposed copy, with scales of blocks if they have them.
   BlockScaledView stored_weight(int i) const;
   BlockScaledView stored_transposed(int i) const;

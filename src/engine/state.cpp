@@ -78,14 +78,26 @@ EngineState Engine::state() {
   if (e.units != nullptr) e.units->settle();
   EngineState state{.ctx = e.ctx,
                     .adamw = e.config.adamw,
+                    .gradients = e.gradient_formats(),
                     .params = {},
                     .scales = e.adamw->scales(),
                     .scale_count = e.adamw->scale_count(),
-                    .scalars = e.adamw->scalars()};
+                    .scalars = e.adamw->scalars(),
+                    .whole_units = e.units != nullptr ? e.units->held_units() : std::string()};
   for (std::size_t i = 0; i < e.params.size(); ++i) {
     state.params.push_back(e.state_of(static_cast<int>(i)));
   }
   return state;
+}
+
+GradientFormats Engine::Impl::gradient_formats() const {
+  GradientFormats formats;
+  if (plan.fp8_parameters > 0) {
+    const DType gradient = plan.formats.gradient;
+    formats = {gradient, reduced(gradient), accumulator_of(gradient), 1};
+  }
+  formats.micro_batches = config.micro_batches;
+  return formats;
 }
 
 ParamState Engine::Impl::state_of(int i) const {

@@ -217,7 +217,7 @@ bool WeightUnits::is_whole(int unit) const {
 void WeightUnits::require_none_whole(const char* call) const {
   const std::string held = held_units();
   require(held.empty(), call, ": of the units, ", held,
-          " are whole; all must have been released, because a step changes what they hold");
+          " are whole; all must have been released first, because what they hold changes");
 }
 
 void WeightUnits::gather(int unit) {

@@ -68,6 +68,8 @@ class WeightUnits {
   void require_none_whole(const char* call) const;
   /// Lets the engine's stream wait for gathers on their way, which read the shards.
   void settle() { streams_.join(); }
+  /// The units that are whole, for errors; empty when none is.
+  std::string held_units() const;
   /// What is in the slots is no longer what the shards hold.
   void invalidate();
 
@@ -122,7 +124,6 @@ class WeightUnits {
   void forget_uncertain();
   int slot_of(int unit) const;
   int free_slot() const;
-  std::string held_units() const;
   void fetch(int unit, int slot);
   void turn(int unit, int slot);
   int wanted_after(int unit);

@@ -249,7 +249,9 @@ TEST_CASE("an index that is garbage, or names what is not its own, is refused") 
       {"", "JSON"},
       {"garbage", "JSON"},
       {text.substr(0, text.size() / 2), "JSON"},
-      {std::string(100000, '['), "JSON"},
+      {std::string(100000, '['), "nested"},
+      {R"({"content":{"a":)" + std::string(100000, '[') + std::string(100000, ']') + "}}",
+       "nested"},
       {"[]", "is no object"},
       {"{}", "has no \"format\""},
       {replaced(text, "octet checkpoint", "other checkpoint"), "format"},
@@ -281,6 +283,8 @@ TEST_CASE("an index that is garbage, or names what is not its own, is refused") 
   check([](json& c) { c.erase("params"); }, {"has no \"params\""});
   check([](json& c) { c["metadata"] = 1; }, {"metadata"});
   check([](json& c) { c["adamw"]["maximize"] = 1; }, {"maximize"});
+  check([](json& c) { c.erase("gradients"); }, {"has no \"gradients\""});
+  check([](json& c) { c["gradients"]["reduced"] = 1; }, {"content.gradients.reduced"});
   check([&](json& c) { range(c, 0)["file"] = 2; }, {"ranges[0].file", "2"});
   check([&](json& c) { range(c, 0)["tensor"] = "bias.m"; }, {"bias.m", "odd.weight.0"});
   check([&](json& c) { range(c, 1)["begin"] = 0; }, {"ranges[1].begin"});
@@ -373,8 +377,46 @@ TEST_CASE("a checkpoint of another model or configuration is refused") {
   other = config();
   other.adamw.stochastic_rounding = false;
   check_hyper(other, same, "stochastic_rounding");
+  other = config();
+  other.reduced_gradient = DType::e4m3;
+  check_hyper(other, same, "content.gradients: reduced was \"f32\"");
+  other = config();
+  other.formats->gradient = DType::bf16;
+  check_hyper(other, same, "content.gradients: gradient was \"e4m3\"");
+  // Micro-batches come and go; what they are summed in counts where both runs have them.
+  other = config();
+  other.micro_batches = 2;
+  CHECK(error(other, same) == "no error");
+  victim.put(victim.index(), forged(victim.good(victim.index()),
+                                    [](json& c) { c["gradients"]["micro_batches"] = 4; }));
+  CHECK(error(config(), same) == "no error");
+  CHECK(error(other, same) == "no error");
+  other.accumulator = DType::bf16;
+  check_hyper(other, same, "content.gradients: accumulator was \"f32\"");
+  victim.heal(victim.index());
   check_hyper(
       config(), [](auto& p) { p[2].group.lr_factor = 0.25f; }, "\"odd\": lr_factor");
+}
+
+TEST_CASE("while a unit is whole nothing is loaded, and nothing has changed") {
+  Victim victim;
+  constexpr int kLoaders = 3;
+  EngineConfig sharded = config();
+  sharded.sharding = Sharding::parameters;
+  std::vector<std::string> errors(kLoaders);
+  run_leg({.config = sharded, .ranks = kLoaders, .before = [&](Engine& engine, auto& comm) {
+             const Bytes old = held_bytes(engine, comm.context());
+             engine.gather(0);
+             errors[static_cast<std::size_t>(comm.rank())] =
+                 error_of([&] { load_checkpoint(engine, comm, victim.directory()); });
+             engine.release(0);
+             require(held_bytes(engine, comm.context()) == old, "the engine has changed");
+             load_checkpoint(engine, comm, victim.directory());
+           }});
+  for (const std::string& error : errors) {
+    CHECK(missing(error, {"load_checkpoint", "units, 0 are whole", "released first"}) == "");
+    CHECK(error.find("partly") == std::string::npos);
+  }
 }
 
 TEST_CASE("damage that one rank finds is an error of all, and none has changed") {

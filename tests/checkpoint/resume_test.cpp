@@ -23,6 +23,7 @@ EngineConfig config_of(Level level, Sharding sharding, std::int64_t bucket_eleme
   return {.level = level,
           .sharding = sharding,
           .adamw = {.weight_decay = 0.1f, .seed = 5},
+          .reduced_gradient = formats_of(level).gradient,  // what all shardings can have
           .bucket_elements = bucket_elements};
 }
 
@@ -38,9 +39,9 @@ const LegResult& whole_run(const EngineConfig& config, int ranks, bool common, D
   const StateFormats formats = config.formats.value_or(formats_of(config.level)).state;
   std::ostringstream key;
   key << name_of(config.level) << name_of(*config.sharding) << name_of(formats.weight)
-      << name_of(formats.m) << config.bucket_elements << config.offload_states
-      << config.windows.value_or(false) << ranks << common << static_cast<int>(device)
-      << to_string(params[0].shape);
+      << name_of(formats.m) << name_of(config.reduced_gradient.value_or(DType::f32))
+      << config.bucket_elements << config.offload_states << config.windows.value_or(false) << ranks
+      << common << static_cast<int>(device) << to_string(params[0].shape);
   const auto found = kept.find(key.str());
   if (found != kept.end()) return found->second;
   return kept[key.str()] = run_leg({.config = config,
@@ -163,6 +164,35 @@ TEST_CASE("sharded weights are saved as they are and loaded with any sharding, a
                      ranks, true);
       }
     }
+  }
+}
+
+TEST_CASE("a resume that would change how gradients are reduced is refused, by all ranks") {
+  constexpr int kTogether = 3;
+  const Folder folder;
+  const std::string directory = folder.file("run");
+  EngineConfig whole = config_of(Level::O2, Sharding::none, 20000);
+  whole.reduced_gradient.reset();
+  save(directory, whole, kTogether, false);
+  for (Sharding sharding : {Sharding::optimizer, Sharding::gradients, Sharding::parameters}) {
+    INFO(name_of(sharding));
+    EngineConfig cut = config_of(Level::O2, sharding, 20000);
+    cut.reduced_gradient.reset();
+    std::vector<std::string> errors(kTogether);
+    run_leg({.config = cut, .ranks = kTogether, .before = [&](Engine& engine, auto& comm) {
+               const Bytes old = held_bytes(engine, comm.context());
+               errors[static_cast<std::size_t>(comm.rank())] =
+                   error_of([&] { load_checkpoint(engine, comm, directory); });
+               require(held_bytes(engine, comm.context()) == old, "the engine has changed");
+               load_checkpoint(engine, comm, directory, {.change_hyper_parameters = true});
+             }});
+    for (const std::string& error : errors) {
+      CHECK(missing(error, {"content.gradients", "reduced was \"e4m3\"", "has \"f32\"",
+                            "EngineConfig::reduced_gradient", "change_hyper_parameters"}) == "");
+    }
+    // With the value that the run had its bits are those of all shardings.
+    cut.reduced_gradient = DType::e4m3;
+    check_resume(directory, cut, kTogether, false);
   }
 }
 

@@ -83,7 +83,8 @@ TEST_CASE("a run that ends and goes on has the losses of one that did not end") 
 TEST_CASE("other ranks and shardings go on near the losses of the run that saved") {
   Runs runs;
   const std::string folder = runs.file("saved");
-  const std::string setup = "--levels O3 --ranks 4 ";
+  // The format of the mean gradient that all shardings can have.
+  const std::string level = "--levels O3 --reduced-gradient e4m3 ", setup = level + "--ranks 4 ";
   const std::vector<float> all = losses_of(runs.train(setup));
   // Saved twice, of which the last stays.
   runs.train(setup + "--exit-interval " + std::to_string(kSaved) + " --save-interval 4 --save '" +
@@ -93,7 +94,7 @@ TEST_CASE("other ranks and shardings go on near the losses of the run that saved
         "--ranks 8 --sharding parameters", "--ranks 6 --bucket-elements 1"}) {
     CAPTURE(other);
     const std::vector<float> end =
-        losses_of(runs.train(std::string("--levels O3 ") + other + " --load '" + folder + "'"));
+        losses_of(runs.train(level + other + " --load '" + folder + "'"));
     REQUIRE(end.size() == kSteps - kSaved);
     for (std::size_t i = 0; i < end.size(); ++i) {
       CAPTURE(i);
@@ -114,6 +115,7 @@ TEST_CASE("a checkpoint of another model, and none, are errors that say so") {
     CHECK(missing(result.err, {word}) == "");
   };
   fails("--levels O1 --ranks 1 --load '" + folder + "'", "format");
+  fails("--levels O2 --ranks 2 --sharding optimizer --load '" + folder + "'", "reduced_gradient");
   fails("--levels O2 --ranks 1 --load '" + runs.file("nowhere") + "'", "nowhere");
   fails("--levels O1,O2 --ranks 1 --load '" + folder + "'", "one level");
   fails("--levels O2 --ranks 1 --save-interval 3", "--save");

@@ -47,9 +47,11 @@ struct LoadOptions {
   /// Which buffers to fill. All that the checkpoint has must be named, unless leave_extras.
   std::vector<ExtraState> extras = {};
   bool leave_extras = false;
-  /// Learning-rate factor, betas, eps and weight decay of every parameter, and decoupled weight
-  /// decay, maximize, stochastic rounding and seed, are compared: others than those saved are an
-  /// error. True: the engine's are meant, and the run goes on with them.
+  /// Learning-rate factor, betas, eps and weight decay of every parameter, decoupled weight decay,
+  /// maximize, stochastic rounding and seed, and what gradients are stored, reduced and, where both
+  /// runs have micro-batches, summed in are compared: others than those saved are an error. (What
+  /// gradients are reduced in has a default that depends on the sharding.) True: the engine's are
+  /// meant, and the run goes on with them.
   bool change_hyper_parameters = false;
 };
 
@@ -112,9 +114,11 @@ CheckpointInfo save_checkpoint(Engine& engine, Communicator& comm, const std::st
                                const SaveOptions& options = {});
 
 /// Loads a checkpoint into a frozen engine with the same parameters in the same formats; number of
-/// ranks, sharding, buckets, schedule and transposed copies are free. Each rank reads the ranges
-/// that it holds. The next step goes on with the bits of the run that saved, given the same
-/// gradients and as many ranks, or the same gradient on every rank.
+/// ranks, sharding, buckets, schedule, micro-batches and transposed copies are free. Between
+/// sharded and not sharded EngineConfig::reduced_gradient must be set to what the other run has.
+/// Each rank reads the ranges that it holds. The next step goes on with the bits of the run that
+/// saved, given the same gradients and as many ranks, or the same gradient on every rank. With
+/// sharded weights no unit may be whole.
 /// Index, headers and the checksums of all data are checked first, the data in equal parts by the
 /// ranks: octet::Error, on every rank, names rank, file and field, and nothing has changed. (Only a
 /// disk that fails between that and the second read leaves an engine that is partly loaded, and the

@@ -49,17 +49,30 @@ struct ParamState {
   std::vector<StateArray> arrays = {};
 };
 
+/// How gradients of FP8-managed parameters become what the optimizer reads: with other formats the
+/// same gradients give other bits. All f32 where no parameter is FP8-managed.
+struct GradientFormats {
+  DType gradient = DType::f32;     ///< stored and, but for micro-batches, handed to the reduction
+  DType reduced = DType::f32;      ///< EngineConfig::reduced_gradient
+  DType accumulator = DType::f32;  ///< what more than one micro-batch is summed in
+  int micro_batches = 1;
+};
+
 /// What an engine is between two steps: all that a later one needs to go on with the same bits.
 /// Pointers are into the engine's device memory and stay valid as long as it lives.
 struct EngineState {
   Context ctx;  ///< whose stream the memory belongs to
   AdamWConfig adamw;
+  GradientFormats gradients;
   std::vector<ParamState> params;  ///< as registered
   /// [4 * parameters]: weight, master, m, v of all parameters; the same on every rank.
   TensorScale* scales = nullptr;
   std::int64_t scale_count = 0;
   /// Of which `step` and `skipped` persist; the same on every rank.
   AdamwScalars* scalars = nullptr;
+  /// Units that are whole (Engine::gather()), as errors name them. While there are any nothing may
+  /// be written.
+  std::string whole_units = {};
 };
 
 }  // namespace octet
