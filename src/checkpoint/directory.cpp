@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <set>
 
 #include "checkpoint/file_handle.hpp"
@@ -16,6 +14,13 @@ namespace octet {
 namespace {
 
 namespace fs = std::filesystem;
+
+/// Far more than an index has: 20 million ranges would take as much.
+constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{1} << 32;
+
+std::string temporary_index(const std::string& directory, const Index& index) {
+  return path_in(directory, index_name(index.step)) + ".tmp";
+}
 
 std::vector<std::string> names_in(const std::string& directory) {
   std::vector<std::string> names;
@@ -27,14 +32,6 @@ std::vector<std::string> names_in(const std::string& directory) {
   require(!error || is_missing, directory, " cannot be read: ", error.message());
   std::sort(names.begin(), names.end());
   return names;
-}
-
-std::string read_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  require(file.is_open(), path, " cannot be opened");
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  require(!file.bad(), path, " cannot be read");
-  return text;
 }
 
 void remove_file(const std::string& path) {
@@ -61,20 +58,19 @@ std::vector<std::string> files_of(const std::string& directory, std::int64_t ste
 }  // namespace
 
 void make_directory(const std::string& directory) {
-  const fs::path path = fs::absolute(directory).lexically_normal();
-  fs::path below;
-  for (const fs::path& part : path) {
-    const fs::path parent = below;
-    below /= part;
-    std::error_code error;
-    if (!fs::create_directory(below, error)) {
-      require(!error, below.string(), " cannot be created: ", error.message());
-      continue;  // it was there
-    }
-    const FileHandle handle(open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (!handle.is_open() || (fsync(handle.get()) != 0 && errno != EINVAL)) {
-      fail_io(parent.string(), "flushed");
-    }
+  require(!directory.empty(), "the directory of checkpoints has an empty name");
+  // Nothing is asked of those that are there: they may be another's, and lead over links.
+  std::vector<fs::path> missing;
+  std::error_code error;
+  for (fs::path at = directory; !at.empty() && !fs::is_directory(at, error);
+       at = at.parent_path()) {
+    missing.push_back(at);
+  }
+  for (; !missing.empty(); missing.pop_back()) {
+    const fs::path& path = missing.back();
+    const bool is_new = fs::create_directory(path, error);
+    require(!error, path.string(), " cannot be created: ", error.message());
+    if (is_new) flush_folder(path.parent_path().string());
   }
 }
 
@@ -99,7 +95,7 @@ std::int64_t find_step(const std::string& directory, std::optional<std::int64_t>
 
 Index read_index(const std::string& directory, std::int64_t step) {
   const std::string path = path_in(directory, index_name(step));
-  Index index = parse_index(path, read_text(path));
+  Index index = parse_index(path, read_text(path, kMaxIndexBytes));
   require(index.step == step, path, ": content.step is ", index.step, "; by its name it is ", step);
   return index;
 }
@@ -123,34 +119,44 @@ CheckpointInfo info_of(const std::string& directory, const Index& index) {
 }
 
 void write_index(const std::string& directory, const Index& index) {
-  const std::string path = path_in(directory, index_name(index.step)), temporary = path + ".tmp";
+  const std::string temporary = temporary_index(directory, index);
   const std::string text = index_text(index);
   FileHandle file(open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
   if (!file.is_open()) fail_io(temporary, "created");
-  for (std::size_t done = 0; done < text.size();) {
-    const ssize_t count = write(file.get(), text.data() + done, text.size() - done);
-    if (count < 0 && errno == EINTR) continue;
-    if (count < 0) fail_io(temporary, "written");
-    done += static_cast<std::size_t>(count);
+  try {
+    write_all(file.get(), temporary, text.data(), text.size());
+    if (fsync(file.get()) != 0 || file.close_now() != 0) fail_io(temporary, "flushed");
+  } catch (const Error&) {
+    unlink(temporary.c_str());
+    throw;
   }
-  if (fsync(file.get()) != 0 || file.close_now() != 0) fail_io(temporary, "flushed");
-  rename_durably(temporary, path);
+}
+
+void put_index_in_place(const std::string& directory, const Index& index) {
+  rename_durably(temporary_index(directory, index), path_in(directory, index_name(index.step)));
 }
 
 void remove_old(const std::string& directory, int keep) {
-  std::vector<std::int64_t> steps = checkpoint_steps(directory);
+  const std::vector<std::int64_t> steps = checkpoint_steps(directory);
   const auto kept = std::min(steps.size(), static_cast<std::size_t>(keep));
   for (std::size_t i = 0; i + kept < steps.size(); ++i) {
     remove_file(path_in(directory, index_name(steps[i])));
   }
-  steps.erase(steps.begin(), steps.end() - static_cast<std::ptrdiff_t>(kept));
+  remove_unused(directory);
+}
+
+void remove_unused(const std::string& directory) {
   std::set<std::string> used;
-  for (std::int64_t step : steps) {
+  for (std::int64_t step : checkpoint_steps(directory)) {
     for (const std::string& name : files_of(directory, step)) used.insert(name);
   }
+  std::vector<std::string> unused;
   for (const std::string& name : names_in(directory)) {
-    if (is_checkpoint_file(name) && !used.contains(name)) remove_file(path_in(directory, name));
+    if (is_checkpoint_file(name) && !used.contains(name)) unused.push_back(name);
   }
+  // Data must not be gone from the disk before the index that named them.
+  if (!unused.empty()) flush_folder(directory);
+  for (const std::string& name : unused) remove_file(path_in(directory, name));
 }
 
 }  // namespace octet

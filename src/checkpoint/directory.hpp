@@ -21,11 +21,15 @@ Index read_index(const std::string& directory, std::int64_t step);
 /// What a caller is told of it.
 CheckpointInfo info_of(const std::string& directory, const Index& index);
 
-/// Puts an index in place: written, flushed, renamed, and the directory flushed.
+/// Writes an index under a temporary name and flushes it; where that fails nothing is left.
 void write_index(const std::string& directory, const Index& index);
+/// Renames what write_index() has written, and flushes the directory.
+void put_index_in_place(const std::string& directory, const Index& index);
 
-/// Removes all but the `keep` newest checkpoints, oldest first, then all files that belong to none.
-/// Each checkpoint goes index first, so that what is left of it is no checkpoint.
+/// Removes all but the `keep` newest checkpoints, oldest first, then remove_unused(). Each
+/// checkpoint goes index first, so that what is left of it is no checkpoint.
 void remove_old(const std::string& directory, int keep);
+/// Removes all files of checkpoints that no index names.
+void remove_unused(const std::string& directory);
 
 }  // namespace octet

@@ -5,9 +5,11 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "octet/core/error.hpp"
 
@@ -24,6 +26,7 @@ class FileHandle {
  public:
   explicit FileHandle(int fd) : fd_(fd) {}
   ~FileHandle() { close_now(); }
+  FileHandle(FileHandle&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
   FileHandle(const FileHandle&) = delete;
   FileHandle& operator=(const FileHandle&) = delete;
   int get() const { return fd_; }
@@ -42,5 +45,20 @@ class FileHandle {
  private:
   int fd_;
 };
+
+struct OpenedFile {
+  FileHandle handle;
+  std::uint64_t bytes = 0;
+};
+
+/// These throw octet::Error naming the path. A regular file, for reading.
+OpenedFile open_to_read(const std::string& path);
+/// `bytes` bytes from `offset` on.
+void read_all(int fd, std::string_view path, std::uint64_t offset, std::uint64_t bytes, void* to);
+void write_all(int fd, std::string_view path, const void* data, std::uint64_t bytes);
+/// A whole file of at most `most` bytes.
+std::string read_text(const std::string& path, std::uint64_t most);
+/// Names of files in a folder (empty: the current one) outlast a loss of power.
+void flush_folder(const std::string& path);
 
 }  // namespace octet

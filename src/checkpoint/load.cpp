@@ -15,6 +15,18 @@
 namespace octet {
 namespace {
 
+/// Calls visit(held, range, begin, end) for the elements of an array that both have.
+template <class Visit>
+void visit_common(const StateArray& array, const IndexArray& saved, const Visit& visit) {
+  for (const StateRange& held : array.held) {
+    for (const IndexRange& range : saved.ranges) {
+      const std::int64_t begin = std::max(held.begin, range.begin);
+      const std::int64_t end = std::min(held.begin + held.count, range.begin + range.count);
+      if (begin < end) visit(held, range, begin, end);
+    }
+  }
+}
+
 /// A tensor that the index names, as it must be in its file.
 struct Expected {
   const IndexTensor* index = nullptr;
@@ -37,6 +49,9 @@ class Load {
   void list_expected();
   void add_expected(const IndexTensor& index, FileTensor tensor);
   void check_data();
+  /// Opens every file that this rank reads, and takes the memory that reading needs.
+  void get_ready();
+  int source_of_extras() const;
   void check_hash(const Expected& expected);
   const SafetensorsReader& file(int rank);
   void check_header(const SafetensorsReader& reader, int rank) const;
@@ -80,7 +95,27 @@ void Load::check() {
   require_extras(path, index_, options_);
   list_expected();
   check_data();
+  get_ready();
 }
+
+// What can fail on one rank alone must not come when others have begun to change.
+void Load::get_ready() {
+  for (std::size_t p = 0; p < state_->params.size(); ++p) {
+    const ParamState& param = state_->params[p];
+    for (std::size_t a = 0; a < param.arrays.size(); ++a) {
+      visit_common(param.arrays[a], index_.params[p].arrays[a],
+                   [this](const StateRange&, const IndexRange& saved, std::int64_t, std::int64_t) {
+                     file(saved.tensor.file);
+                   });
+    }
+  }
+  file(index_.scales.file);
+  if (!options_.extras.empty()) file(source_of_extras());
+  const Context& ctx = state_->ctx;
+  if (ctx.device().type != DeviceType::cpu) piece_ = host_buffer(ctx, kCopyBytes);
+}
+
+int Load::source_of_extras() const { return comm_.rank() % static_cast<int>(index_.files.size()); }
 
 void Load::list_expected() {
   expected_.resize(index_.files.size());
@@ -184,7 +219,7 @@ void Load::read() {
     }
   }
   read_tensor(index_.scales, 0, scales_tensor(state_->scale_count).bytes, state_->scales);
-  const auto source = static_cast<std::size_t>(comm_.rank()) % index_.files.size();
+  const auto source = static_cast<std::size_t>(source_of_extras());
   for (const ExtraState& extra : options_.extras) {
     read_tensor(find_extra(index_, extra.name)->ranks[source], 0, extra.bytes, extra.data);
   }
@@ -193,17 +228,13 @@ void Load::read() {
 }
 
 void Load::read_array(const StateArray& array, const IndexArray& saved) {
-  for (const StateRange& held : array.held) {
-    for (const IndexRange& range : saved.ranges) {
-      const std::int64_t begin = std::max(held.begin, range.begin);
-      const std::int64_t end = std::min(held.begin + held.count, range.begin + range.count);
-      if (begin >= end) continue;
-      // An entry that is cut short is the last of the parameter.
-      const std::size_t bytes = array.bytes(end - begin);
-      read_tensor(range.tensor, array.bytes(begin - range.begin), bytes,
-                  static_cast<std::byte*>(held.data) + array.bytes(begin - held.begin));
-    }
-  }
+  visit_common(
+      array, saved,
+      [&](const StateRange& held, const IndexRange& range, std::int64_t begin, std::int64_t end) {
+        // An entry that is cut short is the last of the parameter.
+        read_tensor(range.tensor, array.bytes(begin - range.begin), array.bytes(end - begin),
+                    static_cast<std::byte*>(held.data) + array.bytes(begin - held.begin));
+      });
 }
 
 void Load::read_tensor(const IndexTensor& tensor, std::uint64_t offset, std::uint64_t bytes,
@@ -212,7 +243,6 @@ void Load::read_tensor(const IndexTensor& tensor, std::uint64_t offset, std::uin
   const FileTensor& from = reader.at(tensor.name);
   const Context& ctx = state_->ctx;
   if (ctx.device().type == DeviceType::cpu) return reader.read(from, offset, bytes, to);
-  if (piece_.data() == nullptr) piece_ = host_buffer(ctx, kCopyBytes);
   for (std::uint64_t at = 0; at < bytes; at += kCopyBytes) {
     const std::uint64_t count = std::min<std::uint64_t>(kCopyBytes, bytes - at);
     reader.read(from, offset + at, count, piece_.data());

@@ -1,7 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <fcntl.h>
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <unordered_map>
 
@@ -12,13 +9,8 @@
 namespace octet {
 
 struct SafetensorsReader::Impl {
-  explicit Impl(const std::string& name)
-      : path(name), file(open(name.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (!file.is_open()) fail_io(path, "opened");
-    struct stat status = {};
-    if (fstat(file.get(), &status) != 0) fail_io(path, "read");
-    require(S_ISREG(status.st_mode), path, ": not a regular file");
-    const auto bytes = static_cast<std::uint64_t>(status.st_size);
+  explicit Impl(const std::string& name) : path(name), file(open_to_read(name)) {
+    const std::uint64_t bytes = file.bytes;
     std::string text(std::min<std::uint64_t>(bytes, 8), '\0');
     read(0, text.size(), text.data());
     const std::uint64_t length = safetensors_header_bytes(path, text, bytes);
@@ -32,22 +24,11 @@ struct SafetensorsReader::Impl {
   }
 
   void read(std::uint64_t offset, std::uint64_t bytes, void* to) const {
-    auto* next = static_cast<char*>(to);
-    while (bytes > 0) {
-      const ssize_t done = pread(file.get(), next, std::min<std::uint64_t>(bytes, 1u << 30),
-                                 static_cast<off_t>(offset));
-      if (done < 0 && errno == EINTR) continue;
-      if (done < 0) fail_io(path, "read");
-      require(done > 0, path, ": ended at byte ", offset, ", with ", bytes,
-              " more to be read; it has become shorter");
-      next += done;
-      offset += static_cast<std::uint64_t>(done);
-      bytes -= static_cast<std::uint64_t>(done);
-    }
+    read_all(file.handle.get(), path, offset, bytes, to);
   }
 
   std::string path;
-  FileHandle file;
+  OpenedFile file;
   std::uint64_t data_at = 0;
   SafetensorsHeader header = {};
   std::unordered_map<std::string_view, std::size_t> places = {};  // of the header's names

@@ -53,15 +53,6 @@ std::string make_header(const std::string& path, std::vector<FileTensor>& tensor
   return text;
 }
 
-void flush_folder(const std::string& path) {
-  const std::filesystem::path parent = std::filesystem::path(path).parent_path();
-  const std::string folder = parent.empty() ? "." : parent.string();
-  const FileHandle handle(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  // Some file systems cannot flush a folder, and say so with EINVAL; then there is nothing to do.
-  if (!handle.is_open() || (fsync(handle.get()) != 0 && errno != EINVAL))
-    fail_io(folder, "flushed");
-}
-
 }  // namespace
 
 struct SafetensorsWriter::Impl {
@@ -79,8 +70,8 @@ struct SafetensorsWriter::Impl {
     try {
       char length[8];
       for (int i = 0; i < 8; ++i) length[i] = static_cast<char>(header.size() >> (8 * i) & 0xFF);
-      write_all(length, sizeof length);
-      write_all(header.data(), header.size());
+      write_all(file.get(), temporary, length, sizeof length);
+      write_all(file.get(), temporary, header.data(), header.size());
     } catch (...) {
       remove_temporary();
       throw;
@@ -94,17 +85,6 @@ struct SafetensorsWriter::Impl {
   void remove_temporary() {
     file.reset(-1);
     unlink(temporary.c_str());
-  }
-
-  void write_all(const void* data, std::uint64_t bytes) {
-    const auto* next = static_cast<const char*>(data);
-    while (bytes > 0) {
-      const ssize_t done = ::write(file.get(), next, std::min<std::uint64_t>(bytes, 1u << 30));
-      if (done < 0 && errno == EINTR) continue;
-      if (done < 0) fail_io(temporary, "written");
-      next += done;
-      bytes -= static_cast<std::uint64_t>(done);
-    }
   }
 
   void flush() {
@@ -148,7 +128,7 @@ void SafetensorsWriter::write(const void* data, std::uint64_t bytes) {
   require(w.state == Impl::State::writing, w.path, ": write() after put_aside() or finish()");
   require(bytes <= w.data_bytes - w.written, w.path, ": ", bytes, " bytes after ", w.written,
           " were to be written; the tensors take ", w.data_bytes);
-  w.write_all(data, bytes);
+  write_all(w.file.get(), w.temporary, data, bytes);
   w.written += bytes;
 }
 
@@ -168,7 +148,7 @@ void SafetensorsWriter::finish() {
 
 void rename_durably(const std::string& from, const std::string& to) {
   if (std::rename(from.c_str(), to.c_str()) != 0) fail_io(from, "renamed to " + to);
-  flush_folder(to);
+  flush_folder(std::filesystem::path(to).parent_path().string());
 }
 
 }  // namespace octet

@@ -215,7 +215,12 @@ Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
   save.step = scalars.step;
   save.skipped = scalars.skipped;
   make_directory(directory);
-  if (save.rank == 0) check_directory(directory, save.step);
+  if (save.rank == 0) {
+    check_directory(directory, save.step);
+    // What saves that died have left may fill the disk. No rank writes before it has heard of this
+    // one. commit() tries again, and tells what is in the way.
+    (void)problem_of([&] { remove_unused(directory); });
+  }
 
   json mine = common_of(save);
   mine["id"] = random_id();
@@ -256,20 +261,25 @@ CheckpointInfo commit(Save& save, Communicator& comm, const std::string& problem
       const auto fragments = all_gather_text_sync(comm, fragment_of(save).dump());
       index = make_index(save, fragments);
     });
+    set_up_together_sync(comm, [&] {
+      if (save.rank != 0) return;
+      parse_index(index_name(save.step), index_text(index));  // a reader's rules are the writer's
+      check_files(save.directory, index);
+      write_index(save.directory, index);
+    });
   } catch (const SetUpError&) {
-    // No rank has come to the index, so this file will never be part of a checkpoint.
+    // The index will never be in place, so this file will never be part of a checkpoint.
     std::error_code ignored;
     fs::remove(save.path(), ignored);
     throw;
   }
+  CheckpointInfo info = info_of(save.directory, index);
   set_up_together_sync(comm, [&] {
     if (save.rank != 0) return;
-    parse_index(index_name(save.step), index_text(index));  // a reader's rules are the writer's
-    check_files(save.directory, index);
-    write_index(save.directory, index);
-    remove_old(save.directory, save.options.keep);
+    put_index_in_place(save.directory, index);
+    info.not_removed = problem_of([&] { remove_old(save.directory, save.options.keep); });
   });
-  return info_of(save.directory, index);
+  return info;
 }
 
 }  // namespace octet

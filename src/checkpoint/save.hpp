@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <string>
 #include <vector>
@@ -12,6 +13,17 @@
 #include "octet/engine/state.hpp"
 
 namespace octet {
+
+/// What a call fails with; empty when it does not.
+template <class Fn>
+std::string problem_of(const Fn& fn) {
+  try {
+    fn();
+  } catch (const std::exception& error) {
+    return *error.what() != '\0' ? error.what() : "it failed";
+  }
+  return {};
+}
 
 /// A tensor of this rank's file.
 struct SavePart {

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 
+#include "checkpoint/file_handle.hpp"
 #include "checkpoint/shown.hpp"
 #include "octet/checkpoint/weights.hpp"
 #include "octet/ops/quantize.hpp"
@@ -13,24 +12,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string read_text(const std::string& path) {
-  std::error_code status;
-  const std::uintmax_t bytes = fs::file_size(path, status);
-  require(!status, path, " cannot be read: ", status.message());
-  require(bytes <= kMaxHeaderBytes, path, ": has ", bytes, " bytes; an index of at most ",
-          kMaxHeaderBytes, " is allowed");
-  std::ifstream file(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  require(file && text.size() == bytes, path, " cannot be read");
-  return text;
-}
-
 /// What a path stands for: a folder for the index in it, or else for the file in it.
 std::string file_of(const std::string& path) {
-  if (!fs::is_directory(path)) return path;
+  std::error_code ignored;  // opening the file says what is wrong
+  if (!fs::is_directory(path, ignored)) return path;
   for (const char* name : {"model.safetensors.index.json", "model.safetensors"}) {
     const fs::path file = fs::path(path) / name;
-    if (fs::exists(file)) return file.string();
+    if (fs::exists(file, ignored)) return file.string();
   }
   fail(path, ": the folder has neither model.safetensors.index.json nor model.safetensors");
 }
@@ -70,11 +58,12 @@ struct WeightFiles::Impl {
   void open_index() {
     std::map<std::string, std::size_t> opened;
     const fs::path folder = fs::path(path).parent_path();
-    for (const auto& [name, shard] : parse_weight_index(path, read_text(path))) {
+    for (const auto& [name, shard] : parse_weight_index(path, read_text(path, kMaxHeaderBytes))) {
       const auto [entry, is_new] = opened.emplace(shard, files.size());
       const std::string file = (folder / shard).string();
-      require(!is_new || fs::exists(file), path, ": weight_map: ", shown_text(name), " is in ",
-              shown_text(shard), ", and that file is missing");
+      std::error_code ignored;
+      require(!is_new || fs::exists(file, ignored), path, ": weight_map: ", shown_text(name),
+              " is in ", shown_text(shard), ", and that file is missing");
       if (is_new) files.emplace_back(file);
       const FileTensor* tensor = files[entry->second].find(name);
       require(tensor != nullptr, path, ": weight_map: ", shown_text(name), " is in ",

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <atomic>
-#include <exception>
 #include <filesystem>
 #include <optional>
 #include <thread>
@@ -12,17 +11,6 @@
 
 namespace octet {
 namespace {
-
-/// What a call fails with; empty when it does not.
-template <class Fn>
-std::string problem_of(const Fn& fn) {
-  try {
-    fn();
-  } catch (const std::exception& error) {
-    return *error.what() != '\0' ? error.what() : "writing failed";
-  }
-  return {};
-}
 
 // On a CPU the state is where it can be written from; from a device it comes in pieces.
 void write_from_device(Save& save) {

@@ -157,6 +157,88 @@ TEST_CASE("a step that is saved again takes the place of the first, and litter i
   CHECK(run.held() == held);
 }
 
+TEST_CASE("litter is gone before a save takes room, and what cannot be removed is no failure") {
+  const Folder folder;
+  const std::string directory = folder.file("run");
+  const std::string id = "-0123456789abcdef-rank-00000-of-00001.safetensors";
+  Trained run;
+  save_checkpoint(run.engine, *run.comm, directory);
+  const std::set<std::string> kept = names_in(directory);
+  const std::string litter = directory + "/octet-00000003" + id + ".tmp";
+  std::ofstream(litter) << "x";
+  run.go_on(3);
+  {
+    CheckpointWriter writer(run.engine, *run.comm, directory);
+    writer.start();
+    CHECK(!fs::exists(litter));
+  }
+  CHECK(names_in(directory) == kept);  // also what no index will name
+
+  const std::string stubborn = directory + "/octet-00000001" + id;
+  fs::create_directories(stubborn + "/full");
+  const CheckpointInfo info = save_checkpoint(run.engine, *run.comm, directory);
+  CHECK(missing(info.not_removed, {stubborn, "removed"}) == "");
+  CHECK(checkpoint_steps(directory) == std::vector<std::int64_t>{3});
+  fs::remove_all(stubborn);
+  CHECK(save_checkpoint(run.engine, *run.comm, directory).not_removed.empty());
+  CHECK(names_in(directory).size() == 2);
+}
+
+TEST_CASE("where the index cannot be written no rank leaves its file") {
+  const Folder folder;
+  const std::string directory = folder.file("run"),
+                    stubborn = directory + "/octet-00000002.json.tmp";
+  fs::create_directories(stubborn + "/full");
+  std::vector<std::string> errors(3);
+  run_leg(
+      {.config = config(), .ranks = 3, .end = 2, .after = [&](Engine& engine, Communicator& comm) {
+         errors[static_cast<std::size_t>(comm.rank())] =
+             error_of([&] { save_checkpoint(engine, comm, directory); });
+       }});
+  for (const std::string& error : errors) CHECK(missing(error, {"rank 0", stubborn}) == "");
+  CHECK(names_in(directory).size() == 1);
+}
+
+TEST_CASE("ranks that cannot open all that they need change nothing") {
+  const Folder folder;
+  const std::string directory = folder.file("run");
+  run_leg({.config = config(), .ranks = 4, .end = 2, .after = [&](Engine& engine, auto& comm) {
+             save_checkpoint(engine, comm, directory);
+           }});
+  rlimit old{};
+  getrlimit(RLIMIT_NOFILE, &old);
+  const auto open_now = static_cast<rlim_t>(
+      std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator()));
+  EngineConfig whole = config();
+  whole.sharding = Sharding::none;  // every rank reads every file
+  whole.reduced_gradient = DType::e4m3;
+  int refused = 0;
+  // The checks alone need about half of what reading needs.
+  for (rlim_t limit = open_now; limit <= open_now + 10; ++limit) {
+    std::vector<std::string> errors(2);
+    run_leg({.config = whole, .ranks = 2, .before = [&](Engine& engine, Communicator& comm) {
+               const Bytes before = held_bytes(engine, comm.context());
+               const auto rank = static_cast<std::size_t>(comm.rank());
+               all_gather_text_sync(comm, "");
+               const rlimit few{.rlim_cur = limit, .rlim_max = old.rlim_max};
+               setrlimit(RLIMIT_NOFILE, &few);
+               errors[rank] = error_of([&] {
+                 load_checkpoint(engine, comm, directory, {.change_hyper_parameters = true});
+               });
+               setrlimit(RLIMIT_NOFILE, &old);
+               if (errors[rank] == "no error") return;
+               require(held_bytes(engine, comm.context()) == before, "the engine has changed");
+             }});
+    CHECK(errors[1] == errors[0]);
+    if (errors[0] == "no error") continue;
+    CHECK(missing(errors[0], {directory, "opened"}) == "");
+    CHECK(errors[0].find("partly") == std::string::npos);
+    ++refused;
+  }
+  CHECK(refused >= 5);
+  CHECK(refused <= 9);
+}
+
 TEST_CASE("a save that is never finished is no checkpoint, and leaves nothing") {
   const Folder folder;
   const std::string directory = folder.file("run");

@@ -64,6 +64,9 @@ struct CheckpointInfo {
   int ranks = 0;             ///< that saved it
   std::uint64_t bytes = 0;   ///< of the ranks' files
   std::map<std::string, std::string> metadata = {};
+  /// Of a save, on rank 0: why older checkpoints, or what saves that died have left, are still
+  /// there. The checkpoint is complete; the next save tries again. Empty otherwise.
+  std::string not_removed = {};
 };
 
 /// Steps of the complete checkpoints in a directory, ascending; empty where there is no directory.
@@ -81,8 +84,13 @@ CheckpointInfo read_checkpoint_info(const std::string& directory,
 /// At any moment, and whichever ranks die, the directory holds the last complete checkpoint: files
 /// are written under temporary names, flushed and renamed; finish() has all ranks meet, and only
 /// when the files of all are on the disk rank 0 puts the index in place, flushes the directory and
-/// removes what `keep` does not keep, along with what saves that died have left behind. A directory
-/// belongs to one run at a time; a step that is saved again replaces the earlier checkpoint of it.
+/// removes what `keep` does not keep. What saves that died have left behind goes before a save
+/// begins, so that it takes no room. A directory belongs to one run and one writer at a time: two
+/// would take one another's files for such. A step that is saved again replaces the earlier
+/// checkpoint of it.
+///
+/// Ranks wait for the slowest disk within the communicator's deadline: a rank whose file takes
+/// longer than that after those of the others gives them a CommError.
 class CheckpointWriter {
  public:
   CheckpointWriter(Engine& engine, Communicator& comm, std::string directory);
@@ -92,6 +100,8 @@ class CheckpointWriter {
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
   /// Copies this rank's part of the state to the host, waits for that, and has a thread write it.
+  /// States that are in host memory (EngineConfig::offload_states) are copied, too, because steps
+  /// change them, and by the calling thread.
   /// Finishes an earlier save first. Host memory (pinned on CUDA) is taken at the first call and
   /// kept. Throws on every rank: octet::Error for options out of range, gradients that wait for a
   /// step, options or steps that differ between ranks, a later step in the directory, and what
@@ -101,7 +111,8 @@ class CheckpointWriter {
   bool is_writing() const;
   /// Waits for this rank's file and for the other ranks, and makes the checkpoint complete. Nothing
   /// when none was started. When one rank has failed every rank throws its octet::Error, and there
-  /// is no checkpoint.
+  /// is no checkpoint (unless all that failed is the last flush of the directory). What cannot be
+  /// removed is no failure: CheckpointInfo::not_removed.
   std::optional<CheckpointInfo> finish();
 
  private:
@@ -120,9 +131,9 @@ CheckpointInfo save_checkpoint(Engine& engine, Communicator& comm, const std::st
 /// saved, given the same gradients and as many ranks, or the same gradient on every rank. With
 /// sharded weights no unit may be whole.
 /// Index, headers and the checksums of all data are checked first, the data in equal parts by the
-/// ranks: octet::Error, on every rank, names rank, file and field, and nothing has changed. (Only a
-/// disk that fails between that and the second read leaves an engine that is partly loaded, and the
-/// error says so.) Waits for the stream.
+/// ranks, and each opens all that it will read: octet::Error, on every rank, names rank, file and
+/// field, and nothing has changed. (Only a disk that fails between that and the second read leaves
+/// an engine that is partly loaded, and the error says so.) Waits for the stream.
 CheckpointInfo load_checkpoint(Engine& engine, Communicator& comm, const std::string& directory,
                                const LoadOptions& options = {});
 
