@@ -110,7 +110,8 @@ class RankTrainer {
 
   RankReport run(Progress& progress) {
     RankReport report;
-    if (!options_.load.empty()) load();
+    const std::int64_t applied = options_.load.empty() ? 0 : load();
+    if (!options_.save.empty()) require_no_later(applied);
     train(report, progress);
     validate(report.numbers);
     report.numbers.peak = ctx_.memory_use().peak;
@@ -123,15 +124,29 @@ class RankTrainer {
  private:
   static constexpr const char* kNextStep = "train_gpt.next_step";
 
-  /// Weights, optimizer and delayed scaling as they were, and the step that comes next.
-  void load() {
+  /// Weights, optimizer and delayed scaling as they were, and the step that comes next. Returns the
+  /// steps that were applied, which skipped ones are not.
+  std::int64_t load() {
     const octet::CheckpointInfo info =
         octet::load_checkpoint(engine_, comm_, options_.load, {.extras = model_.extra_states()});
     model_.restored();
-    first_step_ = std::stoi(info.metadata.at(kNextStep));
+    const auto next = info.metadata.find(kNextStep);
+    octet::require(next != info.metadata.end(), info.index, ": its metadata have no \"", kNextStep,
+                   "\"; --load goes on with what train_gpt has saved");
+    first_step_ = std::stoi(next->second);
     octet::require(first_step_ < options_.steps, "--load ", options_.load, ": ", first_step_,
                    " steps are done; --steps must be larger, not ", options_.steps);
     wire_before_ = wire_now(0);
+    return info.step;
+  }
+
+  /// Saving would find them, but only when all until then is trained.
+  void require_no_later(std::int64_t applied) const {
+    const std::vector<std::int64_t> steps = octet::checkpoint_steps(options_.save);
+    octet::require(steps.empty() || steps.back() <= applied, "--save ", options_.save,
+                   ": the folder has a checkpoint of step ", steps.empty() ? 0 : steps.back(),
+                   ", and this run begins with ", applied,
+                   " steps done; --load that one or save in another folder");
   }
 
   /// Payload bytes that the communicator has carried so far, and what `steps` steps and the gathers

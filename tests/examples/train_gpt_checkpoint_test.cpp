@@ -116,6 +116,9 @@ TEST_CASE("a checkpoint of another model, and none, are errors that say so") {
   };
   fails("--levels O1 --ranks 1 --load '" + folder + "'", "format");
   fails("--levels O2 --ranks 2 --sharding optimizer --load '" + folder + "'", "reduced_gradient");
+  // Before it trains: with all of its steps it would have something to save.
+  fails("--levels O2 --ranks 1 --exit-interval 1 --save '" + folder + "'", "checkpoint of step 2");
+  fails("--levels O2 --ranks 1 --save '" + folder + "'", "--load that one");
   fails("--levels O2 --ranks 1 --load '" + runs.file("nowhere") + "'", "nowhere");
   fails("--levels O1,O2 --ranks 1 --load '" + folder + "'", "one level");
   fails("--levels O2 --ranks 1 --save-interval 3", "--save");
