@@ -248,9 +248,10 @@ void WeightUnits::release(int unit) {
 
 void WeightUnits::invalidate() {
   for (Slot& slot : slots_) slot.unit = -1;
-  before_.swap(now_);
+  if (!now_.empty()) before_.swap(now_);
   now_.clear();
   position_ = 0;
+  follows_ = true;
   last_ = -1;
   direction_ = 1;
   ahead_ = -1;
@@ -287,8 +288,16 @@ void WeightUnits::turn(int unit, int s) {
 }
 
 // Where the step goes as the one before did, what came next there; else the way goes on, and turns
-// round at the ends. -1: nobody can tell.
+// round at the ends. -1: nobody can tell. Who leaves the way for where it began, behind an
+// evaluation say, begins the step anew.
 int WeightUnits::wanted_after(int unit) {
+  const bool goes_on = position_ < before_.size() && before_[position_] == unit;
+  if (follows_ && !goes_on && !before_.empty() && before_[0] == unit) {
+    now_.clear();
+    position_ = 0;
+  } else {
+    follows_ = follows_ && goes_on;
+  }
   const std::size_t at = position_++;
   if (now_.size() == at && at < now_.capacity()) now_.push_back(unit);
   const int last = std::exchange(last_, unit);

@@ -141,6 +141,7 @@ class WeightUnits {
   std::size_t slot_bytes_ = 0;
   std::vector<int> before_, now_;  ///< what was gathered in the step before, and so far in this one
   std::size_t position_ = 0;       ///< gathers of this step
+  bool follows_ = true;            ///< whether they have been those of the step before
   int last_ = -1, direction_ = 1, ahead_ = -1;
   std::uint64_t clock_ = 0;
   std::uint64_t capture_ = 0;  ///< that the stream is in

@@ -3,8 +3,8 @@
 // captures its steps and evaluates in between: the weights of an engine that captures nothing.
 #include "support/catch.hpp"
 #include "support/compare.hpp"
+#include "support/engine_model.hpp"
 #include "support/nccl_ranks.hpp"
-#include "support/random.hpp"
 
 namespace octet::test {
 namespace {

@@ -314,6 +314,59 @@ TEST_CASE("the next unit is gathered ahead, and what is there is not gathered ag
   for (const std::string& text : wrong) CHECK(text == "");
 }
 
+TEST_CASE("evaluations and loaded states between steps make no step gather more") {
+  using Gathers = std::vector<std::int64_t>;
+  std::vector<std::vector<Gathers>> steps(2);
+  run_ranks(2, [&](Communicator& comm) {
+    Engine engine(comm.context(), comm, {.sharding = Sharding::parameters});
+    std::vector<Buffer> keep;
+    add_parameters(engine, comm.context(), keep);
+    engine.freeze();
+    Gathers before(kModelUnits, 0);
+    const auto made = [&] {
+      Gathers counts;
+      for (int u = 0; u < kModelUnits; ++u) {
+        const auto at = static_cast<std::size_t>(u);
+        counts.push_back(engine.unit_gathers(u) - before[at]);
+        before[at] += counts.back();
+      }
+      return counts;
+    };
+    // A unit is used twice on the way, so that the direction alone tells too little.
+    const auto use = [&](std::initializer_list<int> units) {
+      for (int u : units) {
+        engine.gather(u);
+        engine.release(u);
+      }
+    };
+    const auto evaluate = [&] { use({0, 1, 2, 0, 3, 4}); };
+    const auto step = [&] {
+      evaluate();
+      use({4, 3, 0, 2, 1, 0});
+      engine.step({.lr = 1e-3f});
+      steps[static_cast<std::size_t>(comm.rank())].push_back(made());
+    };
+    step();
+    step();
+    step();
+    evaluate();
+    evaluate();
+    made();
+    step();
+    step();
+    engine.state_loaded();
+    step();
+  });
+  for (const std::vector<Gathers>& each : steps) {
+    const Gathers& usual = each[2];
+    CHECK(each[1] == usual);
+    // What is in memory since the evaluation is not gathered again.
+    for (std::size_t u = 0; u < usual.size(); ++u) CHECK(each[3][u] <= usual[u]);
+    CHECK(each[4] == usual);
+    CHECK(each[5] == usual);
+  }
+}
+
 TEST_CASE("weights that are not cut are never gathered") {
   for (int ranks : {1, 2}) {
     std::vector<std::int64_t> gathers(static_cast<std::size_t>(ranks), -1);
