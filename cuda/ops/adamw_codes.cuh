@@ -65,11 +65,13 @@ struct Codes {
       load_at<R.formats>(weight, from.weight, place);
     }
   }
-  __device__ static void prefetch_states(const Streams& from, int i) {
+  /// `far`: AdamwTensor::states_are_far. The weight is near.
+  __device__ static void prefetch_states(const Streams& from, int i, bool far) {
+    if constexpr (R.formats.master == StateFormat::split) prefetch(from.weight, i, 1);
+    if (far) return;
     prefetch(from.master, i, size_of(R.formats.master));
     prefetch(from.m, i, size_of(R.formats.m));
     prefetch(from.v, i, size_of(R.formats.v));
-    if constexpr (R.formats.master == StateFormat::split) prefetch(from.weight, i, 1);
     if constexpr (is_block(R.formats.m)) {
       const std::int64_t block = i / static_cast<int>(kStateBlock);
       asm volatile("prefetch.global.L2 [%0];" ::"l"(from.m_blocks + block));

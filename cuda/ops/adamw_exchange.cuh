@@ -203,7 +203,7 @@ __device__ void prefetch_vector(const WorkOf<X>& work, int i) {
   } else {
     prefetch(work.streams.gradient, i, size_of(R.gradient));
   }
-  if (!work.tensor.states_are_far) Codes<R>::prefetch_states(work.streams, i);
+  Codes<R>::prefetch_states(work.streams, i, work.tensor.states_are_far);
 }
 
 /// Stores packed codes of the weight in its copies.

@@ -94,6 +94,7 @@ struct Engine::Impl {
   void describe();
   void describe_gradients();
   std::string describe_optimizer() const;
+  bool casts_from_masters(int i) const;
   std::string describe_schedule() const;
   std::string describe_reduction() const;
   std::string describe_means() const;

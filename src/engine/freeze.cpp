@@ -333,6 +333,13 @@ std::string Engine::Impl::describe_optimizer() const {
   return out.str();
 }
 
+// Whether AdamW on CUDA reads masters back that it has just written.
+bool Engine::Impl::casts_from_masters(int i) const {
+  const WeightFormat format = params[static_cast<std::size_t>(i)].formats.state.weight;
+  return needs_matrix(sharded() ? without_transpose(format) : format) &&
+         !adamw->general_code_reason(i).empty();
+}
+
 std::string Engine::Impl::describe_schedule() const {
   if (comm.size() == 1) return "one rank: nothing to overlap";
   if (fused()) {
@@ -442,6 +449,13 @@ void Engine::Impl::describe() {
   plan.optimizer = describe_optimizer();
   if (config.offload_states) {
     plan.optimizer += "; m, v and master in pinned host memory, read and written by the update";
+    const bool is_cuda = ctx.device().type == DeviceType::cuda;
+    for (std::size_t i = 0; is_cuda && i < params.size(); ++i) {
+      if (!casts_from_masters(static_cast<int>(i))) continue;
+      plan.optimizer +=
+          ", masters once more for weights in tiles, which its general code casts then";
+      break;
+    }
   }
   if (plan.level == Level::O2 && plan.sharding == Sharding::optimizer) {
     plan.notes.push_back("O2 with a sharded optimizer is what O3 presets");

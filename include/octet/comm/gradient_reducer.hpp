@@ -40,10 +40,11 @@ struct GradientBucket {
 /// them. With Schedule::fused collect() brings contributions() together, and there are no means.
 /// Gradients of several buckets may share memory (GradientBucket::after): open() comes before such
 /// a gradient is written, and launches the buckets that have to be gone by then, whatever schedule.
-/// Between the first ready() and finish() or collect() the communicator belongs to the reducer. One
-/// thread at a time. The host never waits for the device, nothing is allocated, and a step can be
-/// captured in a CUDA graph, its end included. Bits do not depend on schedule, buckets or order of
-/// readiness. Errors of the communicator come out of ready(), finish() and collect().
+/// Between the first open() or ready() and finish() or collect() the communicator belongs to the
+/// reducer. One thread at a time. The host never waits for the device, nothing is allocated, and a
+/// step can be captured in a CUDA graph, its end included. Bits do not depend on schedule, buckets
+/// or order of readiness. Errors of the communicator come out of all that launches: open(),
+/// ready(), launch_through(), finish() and collect().
 class GradientReducer {
  public:
   /// `ctx` has the stream that gradients are written on and read again after finish(). Give the

@@ -142,14 +142,14 @@ class Engine {
 
   /// Registers a parameter. Throws octet::Error for a duplicate or empty name, a missing or
   /// mismatching init, both init and fill, an FP8-managed shape that is no matrix where the
-  /// weight's format is one of matrices, rows that a sharded weight's transposed copy cannot have
-  /// (EngineConfig::formats), or after freeze().
+  /// weight's format is one of matrices, a negative unit, rows that an optimizer cut over several
+  /// ranks has no transposed copy for (EngineConfig::formats), or after freeze().
   ParamId add(const ParamSpec& spec);
 
   /// Allocates, checks that all ranks registered the same list (throws on every rank, naming the
-  /// first difference) and builds the plan. Throws for a fill that makes other values the second
-  /// time. Waits for the stream. When one rank cannot allocate
-  /// what it needs, every rank throws; the engine is then of no further use.
+  /// first difference) and builds the plan. Throws for units with gaps where weights are sharded,
+  /// and for a fill that makes other values the second time. Waits for the stream. When one rank
+  /// cannot allocate what it needs, every rank throws; the engine is then of no further use.
   void freeze();
 
   /// A parameter as it was registered; after freeze() without init and fill. Throws octet::Error
@@ -220,8 +220,10 @@ class Engine {
 
   /// Reduce over the ranks, clip, update, gather. No unit may be whole: step() changes the weights,
   /// and of those that units hold nothing is kept. If any gradient on any rank is not finite
-  /// nothing changes on any rank but the count of skipped steps. Throws CommError, before anything
-  /// changes, when an earlier collective failed (comm.synchronize() waits until that is known).
+  /// nothing changes on any rank but the count of skipped steps. Throws octet::Error for options
+  /// out of range, for max_norm without EngineConfig::clipping and naming units that are whole;
+  /// CommError when an earlier collective failed (comm.synchronize() waits until that is known);
+  /// all of them before anything changes.
   StepResult step(const StepOptions& options);
 
   const Plan& plan() const;

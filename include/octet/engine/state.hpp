@@ -15,7 +15,7 @@ namespace octet {
 struct StateRange {
   std::int64_t begin = 0;
   std::int64_t count = 0;
-  void* data = nullptr;  ///< device memory
+  void* data = nullptr;  ///< device memory; with EngineConfig::offload_states maybe pinned memory
 };
 
 /// One stored array of a parameter. Everything is counted in elements of the parameter; `unit` of
@@ -59,7 +59,8 @@ struct GradientFormats {
 };
 
 /// What an engine is between two steps: all that a later one needs to go on with the same bits.
-/// Pointers are into the engine's device memory and stay valid as long as it lives.
+/// Pointers are into the engine's memory, on its device or, of states with
+/// EngineConfig::offload_states, in pinned host memory, and stay valid as long as it lives.
 struct EngineState {
   Context ctx;  ///< whose stream the memory belongs to
   AdamWConfig adamw;

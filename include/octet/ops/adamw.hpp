@@ -97,8 +97,8 @@ struct alignas(16) AdamwTensor {
   bool weight_is_shard = false;
   /// True: the gradient's amax is not known yet; adamw_measure finds it.
   bool measure_amax = false;
-  /// True: m, v and a master that is a shard lie across a link, in host memory. On CUDA they are
-  /// then not asked for ahead, which pays only where the second-level cache keeps them.
+  /// True: m, v and a master that is not the weight lie across a link, in host memory. On CUDA they
+  /// are then not asked for ahead, which pays only where the second-level cache keeps them.
   bool states_are_far = false;
   std::int32_t group = 0;  ///< index into AdamwArgs::groups
   /// Global index of the tensor's first element for the random words; a multiple of 4.
