@@ -1,20 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ranks under mpiexec that are killed, stopped, late or leave: the job ends or throws CommError on
 // the others, and never hangs. MPIEXEC and RANKS_PROGRAM come from the build.
-#include <fcntl.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
+#include <sys/types.h>
 
 #include <chrono>
-#include <cstdio>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "support/catch.hpp"
 #include "support/errors.hpp"
 #include "support/folder.hpp"
+#include "support/mpi_job.hpp"
 
 using namespace octet::test;
 using namespace std::chrono_literals;
@@ -30,47 +26,16 @@ struct Job {
   std::vector<pid_t> pids;
 };
 
-pid_t start(const Folder& folder, std::vector<std::string> words) {
-  const pid_t pid = fork();
-  if (pid != 0) return pid;
-  const int out = open(folder.file("out").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
-  dup2(out, 1);
-  dup2(out, 2);
-  dup2(open("/dev/null", O_RDONLY), 0);
-  std::vector<char*> arguments;
-  for (std::string& word : words) arguments.push_back(word.data());
-  arguments.push_back(nullptr);
-  execvp(arguments[0], arguments.data());
-  _exit(127);
-}
-
-/// Waits for a process, and asks it to end, then makes it end, when it takes too long.
-int end_of(pid_t pid, Clock::time_point until) {
-  for (int signal : {SIGTERM, SIGKILL}) {
-    int status = 0;
-    while (Clock::now() < until) {
-      if (waitpid(pid, &status, WNOHANG) == pid) {
-        return WIFEXITED(status) && signal == SIGTERM ? WEXITSTATUS(status) : -1;
-      }
-      std::this_thread::sleep_for(10ms);
-    }
-    kill(pid, signal);
-    until = Clock::now() + 5s;
-  }
-  waitpid(pid, nullptr, 0);
-  return -1;
-}
-
 Job run(const std::string& mode, int ranks, const std::vector<std::string>& options = {}) {
   const Folder folder;
   std::vector<std::string> words = {MPIEXEC, "-n", std::to_string(ranks)};
   words.insert(words.end(), options.begin(), options.end());
   words.insert(words.end(), {RANKS_PROGRAM, mode, folder.file("")});
   const auto begin = Clock::now();
-  const pid_t pid = start(folder, words);
+  const pid_t pid = start_job(words, folder.file("out"));
   REQUIRE(pid > 0);
   Job job;
-  job.exit_code = end_of(pid, begin + 30s);
+  job.exit_code = end_of_job(pid, begin + 30s);
   job.seconds = Clock::now() - begin;
   for (int rank = 0; rank < ranks; ++rank) {
     std::istringstream file(read_file(folder.file(std::to_string(rank))));
@@ -83,25 +48,11 @@ Job run(const std::string& mode, int ranks, const std::vector<std::string>& opti
   return job;
 }
 
-/// Nothing of a job is left, stopped processes included.
 void check_gone(const Job& job) {
   for (pid_t pid : job.pids) {
     REQUIRE(pid > 0);
-    const auto until = Clock::now() + 5s;
-    while (kill(pid, 0) == 0 && Clock::now() < until) std::this_thread::sleep_for(10ms);
-    CHECK(kill(pid, 0) != 0);
+    CHECK(is_gone(pid));
   }
-}
-
-/// Open MPI 4 can be asked to let a job go on when a rank is killed.
-bool can_survive() {
-  std::FILE* const pipe = popen("'" MPIEXEC "' --version 2>&1", "r");
-  char line[200] = "";
-  const bool read = pipe != nullptr && std::fgets(line, sizeof(line), pipe) != nullptr;
-  if (pipe != nullptr) pclose(pipe);
-  const std::string version = line;  // "mpirun (Open MPI) 4.1.4", "mpiexec (OpenRTE) 4.1.4"
-  return read && version.find("(Open") != std::string::npos &&
-         version.find(") 4.") != std::string::npos;
 }
 
 }  // namespace
@@ -126,7 +77,7 @@ TEST_CASE("a rank that is killed ends the job") {
 }
 
 TEST_CASE("a killed rank is named by the others where the launcher lets them live") {
-  if (!can_survive()) return;
+  if (!jobs_survive(MPIEXEC)) return;
   const Job job = run("kill", 3, {"--enable-recovery"});
   CHECK(job.seconds < 20s);
   CHECK(job.texts[1] == " has begun");
