@@ -31,6 +31,7 @@ class FileHandle {
   FileHandle& operator=(const FileHandle&) = delete;
   int get() const { return fd_; }
   bool is_open() const { return fd_ >= 0; }
+  int release() { return std::exchange(fd_, -1); }
   void reset(int fd) {
     close_now();
     fd_ = fd;

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -53,6 +55,34 @@ std::string make_header(const std::string& path, std::vector<FileTensor>& tensor
   return text;
 }
 
+void rename_file(const std::string& from, const std::string& to) {
+  if (std::rename(from.c_str(), to.c_str()) != 0) fail_io(from, "renamed to " + to);
+}
+
+void flush_folder_of(const std::string& path) {
+  flush_folder(std::filesystem::path(path).parent_path().string());
+}
+
+/// Creates a file, or takes over what a writer that died has left, and locks it. The lock ends with
+/// the descriptor. Throws octet::Error where another writer holds it.
+int create_locked(const std::string& path) {
+  for (;;) {
+    FileHandle file(open(path.c_str(), O_WRONLY | O_CREAT | O_NONBLOCK | O_CLOEXEC, 0666));
+    if (!file.is_open()) fail_io(path, "created");
+    struct stat own = {}, now = {};
+    if (fstat(file.get(), &own) != 0) fail_io(path, "created");
+    // File systems without locks say so otherwise; then nothing guards the name.
+    const bool is_held = flock(file.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+    require(!is_held, path, " cannot be created: another writer is at work on it");
+    // Between the two calls that writer may have finished: this is its file then.
+    if (stat(path.c_str(), &now) != 0 || now.st_ino != own.st_ino || now.st_dev != own.st_dev) {
+      continue;
+    }
+    if (S_ISREG(own.st_mode) && ftruncate(file.get(), 0) != 0) fail_io(path, "created");
+    return file.release();
+  }
+}
+
 }  // namespace
 
 struct SafetensorsWriter::Impl {
@@ -65,8 +95,7 @@ struct SafetensorsWriter::Impl {
     const std::string header = make_header(path, tensors, metadata);
     for (const FileTensor& tensor : tensors) data_bytes += tensor.bytes;
     header_bytes = 8 + header.size();
-    file.reset(open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-    if (!file.is_open()) fail_io(temporary, "created");
+    file.reset(create_locked(temporary));
     try {
       char length[8];
       for (int i = 0; i < 8; ++i) length[i] = static_cast<char>(header.size() >> (8 * i) & 0xFF);
@@ -82,9 +111,10 @@ struct SafetensorsWriter::Impl {
     if (state == State::writing) remove_temporary();
   }
 
+  // While it is locked: another writer may begin once it is not.
   void remove_temporary() {
-    file.reset(-1);
     unlink(temporary.c_str());
+    file.reset(-1);
   }
 
   void flush() {
@@ -98,8 +128,6 @@ struct SafetensorsWriter::Impl {
     require(written == data_bytes, path, ": ", written, " of ", data_bytes,
             " bytes were written; the data of tensor ", missing(), " are not whole");
     if (fsync(file.get()) != 0) fail_io(temporary, "flushed");
-    if (file.close_now() != 0) fail_io(temporary, "closed");
-    state = State::aside;
   }
 
   std::string path, temporary;
@@ -136,19 +164,22 @@ void SafetensorsWriter::put_aside() {
   Impl& w = *impl_;
   require(w.state == Impl::State::writing, w.path, ": put_aside() after put_aside() or finish()");
   w.flush();
+  w.state = Impl::State::aside;
 }
 
 void SafetensorsWriter::finish() {
   Impl& w = *impl_;
   require(w.state != Impl::State::finished, w.path, ": finish() was called already");
   if (w.state == Impl::State::writing) w.flush();
-  rename_durably(w.temporary, w.path);
-  w.state = Impl::State::finished;
+  rename_file(w.temporary, w.path);
+  w.state = Impl::State::finished;  // the temporary name is nobody's now, or another writer's
+  if (w.file.close_now() != 0) fail_io(w.path, "closed");
+  flush_folder_of(w.path);
 }
 
 void rename_durably(const std::string& from, const std::string& to) {
-  if (std::rename(from.c_str(), to.c_str()) != 0) fail_io(from, "renamed to " + to);
-  flush_folder(std::filesystem::path(to).parent_path().string());
+  rename_file(from, to);
+  flush_folder_of(to);
 }
 
 }  // namespace octet

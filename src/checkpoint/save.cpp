@@ -20,6 +20,15 @@ namespace fs = std::filesystem;
 /// What is hashed and written at a time, small enough to stay in a cache between the two.
 constexpr std::size_t kWriteBytes = std::size_t{1} << 20;
 
+bool is_utf8(const json& texts) {
+  try {
+    (void)texts.dump();
+  } catch (const json::exception&) {
+    return false;
+  }
+  return true;
+}
+
 void check_options(const SaveOptions& options) {
   require(options.keep >= 1, "SaveOptions::keep is ", options.keep, "; it must be at least 1");
   std::set<std::string> names;
@@ -30,12 +39,10 @@ void check_options(const SaveOptions& options) {
             "\"");
     require(extra.data != nullptr || extra.bytes == 0, "SaveOptions::extras: \"", extra.name,
             "\" has a null pointer");
+    require(is_utf8(extra.name), "SaveOptions::extras: the name ", shown_text(extra.name),
+            " is not valid UTF-8");
   }
-  try {
-    (void)json(options.metadata).dump();
-  } catch (const json::exception&) {
-    fail("SaveOptions::metadata is not valid UTF-8");
-  }
+  require(is_utf8(options.metadata), "SaveOptions::metadata is not valid UTF-8");
 }
 
 // Wide elements first: every tensor is aligned to its elements.

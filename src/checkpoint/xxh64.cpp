@@ -14,6 +14,8 @@ constexpr std::uint64_t kPrime3 = 0x165667B19E3779F9u;
 constexpr std::uint64_t kPrime4 = 0x85EBCA77C2B2AE63u;
 constexpr std::uint64_t kPrime5 = 0x27D4EB2F165667C5u;
 
+static_assert(std::endian::native == std::endian::little, "files have the bytes of the memory");
+
 // Little-endian, like everything that the library stores.
 template <class T>
 T read(const unsigned char* from) {

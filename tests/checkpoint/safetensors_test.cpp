@@ -229,6 +229,9 @@ TEST_CASE("Files that are cut, too long or no files are refused by name") {
   std::filesystem::remove(path);
   std::filesystem::create_directory(path);
   CHECK(missing(error_of(open), {path, "regular file"}) == "");
+  std::filesystem::remove(path);
+  REQUIRE(mkfifo(path.c_str(), 0600) == 0);  // must not wait for a writer
+  CHECK(missing(error_of(open), {path, "regular file"}) == "");
 }
 
 TEST_CASE("A file that becomes shorter while it is open makes read() throw") {
@@ -277,6 +280,41 @@ TEST_CASE("What stands under the final name is the old file until finish()") {
   }
   CHECK(SafetensorsReader(path).tensors().empty());
   CHECK(!std::filesystem::exists(temporary));
+}
+
+TEST_CASE("Two writers of one path at a time do not mix") {
+  const Folder folder;
+  const std::string path = folder.file("a.safetensors");
+  const std::vector<FileTensor> list = {{"w", "U8", {4}, 0, 4}};
+  SafetensorsWriter first(path, list);
+  first.write("ab", 2);
+  const auto second = [&] { SafetensorsWriter writer(path, list); };
+  CHECK(missing(error_of(second), {path, "another writer"}) == "");
+  first.write("cd", 2);
+  first.put_aside();
+  CHECK(missing(error_of(second), {path, "another writer"}) == "");
+  first.finish();
+  CHECK(error_of(second) == "no error");
+  // What a writer that died has left is taken over.
+  write_bytes(path + ".tmp", std::string(1000, 'x'));
+  SafetensorsWriter third(path, list);
+  third.write("efgh", 4);
+  third.finish();
+  char data[4];
+  const SafetensorsReader reader(path);
+  reader.read(reader.at("w"), 0, 4, data);
+  CHECK(std::string(data, 4) == "efgh");
+}
+
+TEST_CASE("A file that cannot be renamed is not left behind") {
+  const Folder folder;
+  const std::string path = folder.file("a.safetensors");
+  std::filesystem::create_directories(path + "/full");
+  {
+    SafetensorsWriter writer(path, {});
+    CHECK(missing(error_of([&] { writer.finish(); }), {path, "renamed"}) == "");
+  }
+  CHECK(!std::filesystem::exists(path + ".tmp"));
 }
 
 TEST_CASE("A list that a reader would refuse is refused before a file is made") {

@@ -225,6 +225,21 @@ TEST_CASE("An index whose files lack something is refused by name") {
   CHECK(missing(error_of(open), {"m-2.safetensors", "too few"}) == "");
 }
 
+TEST_CASE("A path that cannot be looked at is an error of the library's") {
+  const Folder folder;
+  const std::string loop = folder.file("loop");
+  std::filesystem::create_symlink(loop, loop);
+  for (const std::string& path : {loop, loop + "/model.safetensors", loop + "/an.index.json"}) {
+    std::string message;
+    try {
+      WeightFiles files(path);
+    } catch (const Error& error) {
+      message = error.what();
+    }
+    CHECK(missing(message, {path, "opened"}) == "");
+  }
+}
+
 TEST_CASE("Every rule of an index has an error that names the entry") {
   const auto error = [](const std::string& text) {
     const std::string message = error_of([&] { parse_weight_index("i.json", text); });

@@ -367,6 +367,18 @@ TEST_CASE("buffers that do not fit are refused before anything changes") {
   CHECK(error({.leave_extras = true}) == "no error");
 }
 
+TEST_CASE("a directory is made where the path leads, over links too") {
+  const Folder folder;
+  fs::create_directories(folder.file("far/deep"));
+  fs::create_directory_symlink(folder.file("far/deep"), folder.file("link"));
+  Trained run(1);
+  save_checkpoint(run.engine, *run.comm, folder.file("link/../beside/new/"));
+  CHECK(checkpoint_steps(folder.file("far/beside/new")) == std::vector<std::int64_t>{1});
+  CHECK(!fs::exists(folder.file("beside")));
+  CHECK(missing(error_of([&] { save_checkpoint(run.engine, *run.comm, ""); }), {"empty name"}) ==
+        "");
+}
+
 TEST_CASE("saves that cannot be right are refused") {
   const Folder folder;
   const std::string directory = folder.file("run");
@@ -378,6 +390,7 @@ TEST_CASE("saves that cannot be right are refused") {
   CHECK(missing(error({.keep = 0}), {"SaveOptions::keep is 0"}) == "");
   CHECK(missing(error({.extras = {{"", &word, 4}}}), {"extras", "no name"}) == "");
   CHECK(missing(error({.extras = {{"a", &word, 4}, {"a", &word, 4}}}), {"extras", "\"a\""}) == "");
+  CHECK(missing(error({.extras = {{"\xFF", &word, 4}}}), {"SaveOptions::extras", "UTF-8"}) == "");
   CHECK(missing(error({.extras = {{"a", nullptr, 4}}}), {"extras", "\"a\"", "null"}) == "");
   CHECK(missing(error({.metadata = {{"key", "\xFF"}}}), {"metadata", "UTF-8"}) == "");
   CHECK(checkpoint_steps(directory).empty());

@@ -88,8 +88,10 @@ class SafetensorsReader {
 class SafetensorsWriter {
  public:
   /// The tensors' data follow one another in this order (`begin` is not read), and start at a
-  /// multiple of 8 in the file. Creates or overwrites temporary_path(). Throws octet::Error for
-  /// lists that a reader would refuse, before anything is created, and where it cannot be.
+  /// multiple of 8 in the file. Creates or overwrites temporary_path(), which is locked (flock)
+  /// against other writers of the same path, in this process or another. Throws octet::Error for
+  /// lists that a reader would refuse, before anything is created, where it cannot be, and where
+  /// another writer is at work.
   SafetensorsWriter(const std::string& path, std::vector<FileTensor> tensors,
                     const std::map<std::string, std::string>& metadata = {});
   /// Removes the temporary file, unless finish() or put_aside() was reached.
@@ -108,7 +110,8 @@ class SafetensorsWriter {
   /// Host memory: the data of the tensors, one after the other, in any pieces. Throws octet::Error
   /// for more than the tensors take and when the disk fails.
   void write(const void* data, std::uint64_t bytes);
-  /// Throws octet::Error when bytes are missing or the disk fails; path() is then as it was.
+  /// Throws octet::Error when bytes are missing or the disk fails; path() is then as it was, unless
+  /// all that failed is the last flush of its folder.
   void finish();
   /// The first half of finish(): all bytes are on the disk, under temporary_path(), which stays and
   /// is the caller's now; finish() afterwards renames it. For files that appear together.

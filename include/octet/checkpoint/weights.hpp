@@ -51,21 +51,21 @@ class WeightFiles {
 /// What the factors that decode FP8 weights are called, behind the name of the weight: a weight
 /// "a.weight" has "a.weight_scale" or "a.weight_scale_inv". Both decode, value = stored * factor.
 enum class ScaleNaming : std::uint8_t {
-  /// "_scale", as compressed-tensors and vLLM's fp8 have it. F32; of a weight with one scale [1],
-  /// of one with tiles [R / 128 rounded up, C / 128 rounded up] (compressed-tensors' strategy
-  /// block, 128x128), of one with blocks of rows [R, C / 128 rounded up] (its strategy group, of
-  /// 128).
+  /// "_scale", as compressed-tensors has it. F32; of a weight with one scale [1] (vLLM's fp8 has
+  /// it, too), of one with tiles [R / 128 rounded up, C / 128 rounded up] (compressed-tensors'
+  /// strategy block, 128x128), of one with blocks of rows [R, C / 128 rounded up] (its strategy
+  /// group, of 128).
   weight_scale,
-  /// "_scale_inv", as DeepSeek has it and vLLM and SGLang read it with weight_block_size [128,
-  /// 128].
-  /// F32 [R / 128 rounded up, C / 128 rounded up], of matrices: the tiles as they are; of a weight
-  /// with one scale that one everywhere. Blocks of rows are refused.
+  /// "_scale_inv", as DeepSeek has it and vLLM and SGLang read it with weight_block_size
+  /// [128, 128]. F32 [R / 128 rounded up, C / 128 rounded up], of matrices: the tiles as they are;
+  /// of a weight with one scale that one everywhere. Blocks of rows are refused.
   weight_scale_inv
 };
 
 struct WeightExport {
-  /// f32, bf16 or f16: every weight decoded and rounded once, as Engine::weight_as() has it. e4m3:
-  /// the codes of FP8-managed weights as they are, with their scales.
+  /// f32, bf16 or f16: every compute weight decoded and rounded once, as Engine::weight_as() has
+  /// it: of FP8-managed ones values of FP8 (checkpoints have the master's precision). e4m3: the
+  /// codes of FP8-managed weights as they are, with their scales.
   DType dtype = DType::bf16;
   ScaleNaming scales = ScaleNaming::weight_scale;
   /// With e4m3: what all other weights are written in (f32, bf16 or f16).
