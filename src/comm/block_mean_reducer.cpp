@@ -62,8 +62,7 @@ void check_rows(const std::vector<BlockReduceTensor>& tensors, const Owners& own
 
 void check_shards(const std::vector<BlockReduceTensor>& tensors, Path path,
                   const std::vector<Piece>& own, Device device) {
-  std::vector<std::int64_t> owned(tensors.size(), 0);
-  for (const Piece& piece : own) owned[at(piece.tensor)] += piece.count;
+  const std::vector<std::int64_t> owned = numels_by_tensor(own, tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const TensorView& shard = tensors[i].shard;
     if (path == Path::two_shot) {

@@ -97,8 +97,7 @@ bool is_in_place(const ReduceTensor& tensor) {
 // What belongs to `shard` depends on the path.
 void check_shards(const std::vector<ReduceTensor>& tensors, MeanReducer::Path path,
                   const std::vector<Piece>& own, Device device) {
-  std::vector<std::int64_t> owned(tensors.size(), 0);
-  for (const Piece& piece : own) owned[index(piece.tensor)] += piece.count;
+  const std::vector<std::int64_t> owned = numels_by_tensor(own, tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const TensorView& shard = tensors[i].shard;
     if (path != MeanReducer::Path::sharded) {

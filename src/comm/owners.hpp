@@ -10,6 +10,14 @@ namespace octet {
 void check_owners(const char* what, const Owners& owners, int ranks,
                   const std::vector<std::int64_t>& numels);
 
+/// Of each of so many tensors the elements of its pieces.
+inline std::vector<std::int64_t> numels_by_tensor(const std::vector<Piece>& pieces,
+                                                  std::size_t tensors) {
+  std::vector<std::int64_t> numels(tensors, 0);
+  for (const Piece& piece : pieces) numels[static_cast<std::size_t>(piece.tensor)] += piece.count;
+  return numels;
+}
+
 /// Neighbouring pieces of one owner made one, empty ones left out: a transport pays for every part.
 inline Owners merged(const Owners& owners) {
   Owners runs(owners.size());

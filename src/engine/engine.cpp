@@ -225,12 +225,12 @@ void Engine::Impl::gather_sums() {
 void Engine::Impl::gather_weights() {
   if (!sharded()) return;
   streams.fork();
-  if (weight_gather == nullptr) {
-    // Units are gathered when they are wanted.
-  } else if (window != nullptr) {
-    comm.count_sent(Traffic::payload, weight_gather->payload_bytes());  // the update wrote them
-  } else {
-    weight_gather->run();
+  if (weight_gather != nullptr) {  // units are gathered when they are wanted
+    if (window != nullptr) {
+      comm.count_sent(Traffic::payload, weight_gather->payload_bytes());  // the update wrote them
+    } else {
+      weight_gather->run();
+    }
   }
   // Over windows this is also where ranks wait until all have read and written.
   comm.all_gather(adamw->scales(), gathered_scales.data(),

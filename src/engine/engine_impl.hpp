@@ -39,11 +39,7 @@ struct Engine::Impl {
     std::size_t bucket = 0;     ///< that reduces them
 
     /// Elements that this rank updates.
-    std::int64_t owned() const {
-      std::int64_t count = 0;
-      for (const Piece& piece : pieces) count += piece.count;
-      return count;
-    }
+    std::int64_t owned() const { return numel_of(pieces); }
   };
 
   /// Parameters reduced together; one gradient dtype.
@@ -153,6 +149,8 @@ struct Engine::Impl {
   DType accumulator_of(DType gradient) const;
   void check_accumulator() const;
   int group_count() const;
+  /// The last unit is the first group.
+  int group_of_unit(int unit) const { return group_count() - 1 - unit; }
   SlotLayout slot_layout() const;
   /// Throws octet::Error when the group of the parameter has been reduced.
   void require_open(int i) const;

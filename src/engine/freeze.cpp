@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "engine/engine_impl.hpp"
+#include "engine/tiles.hpp"
 #include "octet/ops/quantize.hpp"
 
 namespace octet {
@@ -110,20 +111,21 @@ void Engine::Impl::allocate_reducer() {
                ctx.memory_use().current - before);
   }
   std::vector<GradientBucket> list;
-  std::vector<std::int32_t> slot_of(params.size());
+  std::vector<std::int32_t> position_of(params.size());
   for (const Bucket& bucket : buckets) {
     GradientBucket b;
     b.params = bucket.params;
     for (int i : bucket.params) {
       const Param& p = params[static_cast<std::size_t>(i)];
-      slot_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(b.tensors.size());
+      position_of[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(b.tensors.size());
       b.tensors.push_back(
           {p.gradient.view(), reduces_in_place(p) ? p.gradient.view() : p.shard.view()});
     }
     b.owners = bucket.owners;
     b.after = bucket.after;
     for (std::vector<Piece>& pieces : b.owners) {
-      for (Piece& piece : pieces) piece.tensor = slot_of[static_cast<std::size_t>(piece.tensor)];
+      for (Piece& piece : pieces)
+        piece.tensor = position_of[static_cast<std::size_t>(piece.tensor)];
     }
     b.scales = params[static_cast<std::size_t>(bucket.params[0])].gradient_scale;
     list.push_back(std::move(b));
@@ -235,12 +237,8 @@ std::size_t Engine::Impl::memory_in_use() const {
 
 // The sharded step gives every rank the new weights, and the sums of squares of all segments.
 void Engine::Impl::make_gathers() {
-  std::vector<TensorView> weights;
   std::vector<Shape> shapes;
-  for (const Param& p : params) {
-    weights.push_back(p.weight.view());
-    shapes.push_back(p.spec.shape);
-  }
+  for (const Param& p : params) shapes.push_back(p.spec.shape);
   Owners weight_owners(static_cast<std::size_t>(comm.size()));
   Owners sum_owners(static_cast<std::size_t>(comm.size()));
   for (std::size_t r = 0; r < weight_owners.size(); ++r) {
@@ -258,6 +256,8 @@ void Engine::Impl::make_gathers() {
     }
   }
   if (!shards_weights()) {
+    std::vector<TensorView> weights;
+    for (const Param& p : params) weights.push_back(p.weight.view());
     add_weight_scales(weights, weight_owners);
     weight_gather = std::make_unique<PieceGather>(comm, weights, weight_owners);
   }
@@ -267,30 +267,21 @@ void Engine::Impl::make_gathers() {
                                              Traffic::metadata);
 }
 
-// Scales of tiles travel beside the codes: a panel is a row of tiles, so those of a piece lie
-// together.
 void Engine::Impl::add_weight_scales(std::vector<TensorView>& tensors, Owners& owners) const {
-  const auto scales_in = [](std::int64_t rows, std::int64_t columns) {
-    return scale_bytes(Granularity::tile, rows, columns) / std::int64_t{sizeof(float)};
-  };
   std::vector<std::int32_t> tensor_of(params.size(), -1);
   for (std::size_t i = 0; i < params.size(); ++i) {
     const Shape& shape = params[i].spec.shape;
     if (!has_block_scales(params[i].formats.state.weight)) continue;
     tensor_of[i] = static_cast<std::int32_t>(tensors.size());
     tensors.push_back({adamw->block_weight(static_cast<int>(i)).scales, DType::f32,
-                       Shape{scales_in(shape[0], shape[1])}, ctx.device()});
+                       Shape{tile_count(shape[0], shape[1])}, ctx.device()});
   }
+  const auto columns_of = [this](std::int32_t i) {
+    return params[static_cast<std::size_t>(i)].spec.shape[1];
+  };
   for (std::vector<Piece>& pieces : owners) {
-    std::vector<Piece> scales;
-    for (const Piece& piece : pieces) {
-      const auto i = static_cast<std::size_t>(piece.tensor);
-      if (tensor_of[i] < 0 || piece.count == 0) continue;
-      const std::int64_t columns = params[i].spec.shape[1];
-      scales.push_back({tensor_of[i], scales_in(piece.begin / columns, columns),
-                        scales_in(piece.count / columns, columns)});
-    }
-    pieces.insert(pieces.end(), scales.begin(), scales.end());
+    const std::vector<Piece> codes = pieces;
+    append_tiles(pieces, codes, tensor_of, columns_of);
   }
 }
 

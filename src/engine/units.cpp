@@ -39,7 +39,7 @@ std::int64_t Engine::unit_gathers(int unit) const {
 }
 
 void Engine::Impl::reduce_unit(int unit) {
-  const int group = group_count() - 1 - unit;
+  const int group = group_of_unit(unit);
   const auto of_group = [group](const Bucket& bucket) { return bucket.group == group; };
   const auto first = std::find_if(buckets.begin(), buckets.end(), of_group);
   if (reducer->launched() != first - buckets.begin()) return;
@@ -73,13 +73,13 @@ void Engine::Impl::check_units() const {
 
 // The last unit first, as its gradients come.
 std::vector<std::vector<int>> Engine::Impl::runs_of_units() const {
-  int largest = -1;
-  for (const Param& p : params) largest = std::max(largest, p.spec.unit);
-  std::vector<std::vector<int>> runs(static_cast<std::size_t>(largest + 1));
+  std::vector<std::vector<int>> runs;
   for (int i = static_cast<int>(params.size()) - 1; i >= 0; --i) {
-    const int unit = params[static_cast<std::size_t>(i)].spec.unit;
-    runs[static_cast<std::size_t>(largest - unit)].push_back(i);
+    const auto unit = static_cast<std::size_t>(params[static_cast<std::size_t>(i)].spec.unit);
+    if (runs.size() <= unit) runs.resize(unit + 1);
+    runs[unit].push_back(i);
   }
+  std::reverse(runs.begin(), runs.end());
   return runs;
 }
 
@@ -91,7 +91,8 @@ void Engine::Impl::make_units() {
   }
   std::vector<WeightUnits::Part> parts;
   for (const Bucket& bucket : buckets) {
-    parts.push_back({group_count() - 1 - bucket.group, bucket.params, bucket.owners});
+    parts.push_back({params[static_cast<std::size_t>(bucket.params[0])].spec.unit, bucket.params,
+                     bucket.owners});
   }
   // A forward and a backward pass of every micro-batch, and as much again.
   const std::size_t gathers =

@@ -5,6 +5,8 @@
 #include <exception>
 
 #include "backend.hpp"
+#include "comm/owners.hpp"
+#include "engine/tiles.hpp"
 #include "engine/turn_weight.hpp"
 #include "octet/ops/state_format.hpp"
 
@@ -18,14 +20,6 @@ std::size_t take(std::size_t& end, std::size_t bytes) {
   const std::size_t begin = end;
   end += WorkspaceScope::padded(bytes);
   return begin;
-}
-
-std::size_t tile_bytes(std::int64_t rows, std::int64_t columns) {
-  return static_cast<std::size_t>(scale_bytes(Granularity::tile, rows, columns));
-}
-
-std::int64_t tile_scales(std::int64_t rows, std::int64_t columns) {
-  return scale_bytes(Granularity::tile, rows, columns) / std::int64_t{sizeof(float)};
 }
 
 }  // namespace
@@ -71,10 +65,8 @@ void WeightUnits::lay_out(const std::vector<Part>& parts, Plan& plan) {
 void WeightUnits::add_part(const Part& part, Plan& plan) {
   Unit& unit = units_[index(part.unit)];
   std::size_t bytes = 0;
-  std::vector<std::int64_t> owned(weights_.size(), 0);
-  for (const Piece& piece : part.owners[index(comm_.rank())]) {
-    owned[index(piece.tensor)] += piece.count;
-  }
+  const std::vector<std::int64_t> owned =
+      numels_by_tensor(part.owners[index(comm_.rank())], weights_.size());
   std::vector<std::int32_t> tensor_of(weights_.size(), -1);
   for (int i : part.params) {
     const Weight& w = weights_[index(i)];
@@ -104,34 +96,25 @@ void WeightUnits::add_part(const Part& part, Plan& plan) {
   }
 }
 
-// A panel is a row of tiles, so the scales of a piece lie together. Every rank has memory for all
-// of them, but of what others own nothing is in it.
+// Every rank has memory for all scales, but of what others own nothing is in it.
 void WeightUnits::add_scales(Unit& unit, const Part& part, Plan& plan) {
   std::vector<std::int32_t> tensor_of(weights_.size(), -1);
   for (int i : part.params) {
     const Weight& w = weights_[index(i)];
     if (!has_block_scales(w.format)) continue;
     Place& place = places_[index(i)];
-    const std::size_t bytes = tile_bytes(w.shape[0], w.shape[1]);
+    const std::int64_t scales = tile_count(w.shape[0], w.shape[1]);
+    const std::size_t bytes = static_cast<std::size_t>(scales) * sizeof(float);
     const std::size_t before = ctx_.memory_use().current;
     place.blocks = Buffer(ctx_, bytes);
     plan.count("weight scales", w.managed, true, bytes, ctx_.memory_use().current - before);
     place.scales = take(unit.bytes, bytes);
     tensor_of[index(i)] = static_cast<std::int32_t>(unit.tensors.size());
-    unit.tensors.push_back({DType::f32,
-                            {tile_scales(w.shape[0], w.shape[1])},
-                            place.blocks.data(),
-                            false,
-                            place.scales});
+    unit.tensors.push_back({DType::f32, {scales}, place.blocks.data(), false, place.scales});
   }
+  const auto columns_of = [this](std::int32_t i) { return weights_[index(i)].shape[1]; };
   for (std::size_t r = 0; r < part.owners.size(); ++r) {
-    for (const Piece& piece : part.owners[r]) {
-      const std::int32_t tensor = tensor_of[index(piece.tensor)];
-      if (tensor < 0 || piece.count == 0) continue;
-      const std::int64_t columns = weights_[index(piece.tensor)].shape[1];
-      unit.owners[r].push_back({tensor, tile_scales(piece.begin / columns, columns),
-                                tile_scales(piece.count / columns, columns)});
-    }
+    append_tiles(unit.owners[r], part.owners[r], tensor_of, columns_of);
   }
 }
 
@@ -143,7 +126,8 @@ void WeightUnits::add_turned(Unit& unit) {
     Place& place = places_[index(i)];
     place.turned = take(unit.bytes, static_cast<std::size_t>(w.shape.numel()));
     if (!has_block_scales(w.format)) continue;
-    place.turned_scales = take(unit.bytes, tile_bytes(w.shape[1], w.shape[0]));
+    place.turned_scales = take(
+        unit.bytes, static_cast<std::size_t>(tile_count(w.shape[1], w.shape[0])) * sizeof(float));
   }
 }
 

@@ -13,12 +13,6 @@ bool is_quantised(const StateFormats& f) {
          has_tensor_scale(f.weight);
 }
 
-std::int64_t numel_of(const std::vector<Piece>& pieces) {
-  std::int64_t count = 0;
-  for (const Piece& piece : pieces) count += piece.count;
-  return count;
-}
-
 template <class Format>
 void check_field(const std::string& what, const char* field, Format format,
                  std::span<const Format> allowed) {

@@ -22,6 +22,13 @@ constexpr std::int64_t kPanelVectorElements = 16384;
 /// The unit of summation and of work: at most 16,384 elements from the start of a panel.
 constexpr std::int64_t kSegmentElements = 16384;
 
+/// Elements of all pieces.
+inline std::int64_t numel_of(const std::vector<Piece>& pieces) {
+  std::int64_t count = 0;
+  for (const Piece& piece : pieces) count += piece.count;
+  return count;
+}
+
 /// Elements of one whole panel of this shape.
 std::int64_t panel_numel(const Shape& shape);
 /// The panels of a tensor, in order; the last may be short. Empty for an empty tensor.
