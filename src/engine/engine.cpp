@@ -238,7 +238,7 @@ void Engine::Impl::gather_weights() {
   max_amax(comm.context(), gathered_scales.as<const TensorScale>(), comm.size(),
            adamw->scale_count(), adamw->scales());
   streams.join();
-  if (turns_weights()) transpose_weights();
+  if (transposes_weights()) transpose_weights();
 }
 
 const Plan& Engine::plan() const {

@@ -108,7 +108,7 @@ struct Engine::Impl {
   bool shards_weights() const { return sharded() && plan.sharding == Sharding::parameters; }
   /// Whether the engine makes the transposed copies of weights that every rank has whole: AdamW
   /// writes this rank's panels alone.
-  bool turns_weights() const { return sharded() && !shards_weights(); }
+  bool transposes_weights() const { return sharded() && !shards_weights(); }
   /// Whether AdamW can sum the ranks' contributions, and whether there is a buffer for their means.
   bool fused() const { return sharded() && schedule() == Schedule::fused; }
   bool keeps_shards() const { return sharded() && (!fused() || config.clipping); }

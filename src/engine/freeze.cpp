@@ -72,7 +72,7 @@ void Engine::Impl::allocate_weight(Param& p) {
   if (!is_transposed(format)) return;
   allocate_tensor("transposed weight", p, p.weight_transposed, DType::e4m3, {shape[1], shape[0]},
                   false);
-  if (!turns_weights() || !has_block_scales(format)) return;
+  if (!transposes_weights() || !has_block_scales(format)) return;
   const auto bytes =
       static_cast<std::size_t>(scale_bytes(granularity_of(format), shape[1], shape[0]));
   const std::size_t before = ctx.memory_use().current;
@@ -199,7 +199,7 @@ void Engine::Impl::allocate_optimizer() {
     count_state("v", p, state_bytes(f.v, owned), bytes.v);
     if (has_block_scales(f.weight) && !shards_weights()) {
       const std::uint64_t scales = weight_scale_bytes(
-          turns_weights() ? without_transpose(f.weight) : f.weight, p.spec.shape);
+          transposes_weights() ? without_transpose(f.weight) : f.weight, p.spec.shape);
       plan.count("weight scales", p.managed, true, scales,
                  p.weight_blocks != nullptr ? scales : bytes.weight_blocks);
     }
@@ -289,7 +289,7 @@ void Engine::Impl::initialise() {
   const std::vector<float> amax =
       visit_initial_values_sync([this](std::size_t i, const TensorView& values) {
         adamw->initialise(static_cast<int>(i), values);
-        if (turns_weights()) transpose_weight(static_cast<int>(i));
+        if (transposes_weights()) transpose_weight(static_cast<int>(i));
       });
   for (std::size_t i = 0; i < params.size(); ++i) {
     Param& p = params[i];

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "engine/engine_impl.hpp"
-#include "engine/turn_weight.hpp"
+#include "engine/make_transposed.hpp"
 
 namespace octet {
 namespace {
@@ -153,7 +153,7 @@ BlockScaledView Engine::Impl::stored_weight(int i) const {
 BlockScaledView Engine::Impl::stored_transposed(int i) const {
   const Param& p = params[static_cast<std::size_t>(i)];
   const WeightFormat format = p.formats.state.weight;
-  if (has_block_scales(format) && !turns_weights()) return adamw->block_weight_transposed(i);
+  if (has_block_scales(format) && !transposes_weights()) return adamw->block_weight_transposed(i);
   return {.data = p.weight_transposed.view(),
           .granularity = granularity_of(format),
           .scales = p.transposed_blocks.data()};
@@ -171,10 +171,10 @@ void Engine::Impl::transpose_weight(int i) {
   if (!is_transposed(format) || p.spec.shape.numel() == 0) return;
   const std::int64_t rows = p.spec.shape[0], columns = p.spec.shape[1];
   BlockScaledView copy = stored_transposed(i);
-  if (padded_rows(rows) == rows) return turn_weight(ctx, stored_weight(i), copy);
+  if (padded_rows(rows) == rows) return make_transposed(ctx, stored_weight(i), copy);
   const Tensor wide(ctx, DType::e4m3, {columns, padded_rows(rows)});
   copy.data = wide.view();
-  turn_weight(ctx, stored_weight(i), copy);
+  make_transposed(ctx, stored_weight(i), copy);
   for (std::int64_t c = 0; c < columns; ++c) {
     copy_bytes(ctx, p.weight_transposed.as<std::byte>() + c * rows,
                wide.as<std::byte>() + c * padded_rows(rows), static_cast<std::size_t>(rows));

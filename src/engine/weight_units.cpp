@@ -6,8 +6,8 @@
 
 #include "backend.hpp"
 #include "comm/owners.hpp"
+#include "engine/make_transposed.hpp"
 #include "engine/tiles.hpp"
-#include "engine/turn_weight.hpp"
 #include "octet/ops/state_format.hpp"
 
 namespace octet {
@@ -59,7 +59,7 @@ void WeightUnits::lay_out(const std::vector<Part>& parts, Plan& plan) {
     add_part(part, plan);
   }
   for (const Part& part : parts) add_scales(units_[index(part.unit)], part, plan);
-  for (Unit& unit : units_) add_turned(unit);
+  for (Unit& unit : units_) add_transposed(unit);
 }
 
 void WeightUnits::add_part(const Part& part, Plan& plan) {
@@ -119,14 +119,14 @@ void WeightUnits::add_scales(Unit& unit, const Part& part, Plan& plan) {
 }
 
 // What does not travel: the transposed copies that every rank makes for itself.
-void WeightUnits::add_turned(Unit& unit) {
+void WeightUnits::add_transposed(Unit& unit) {
   for (int i : unit.params) {
     const Weight& w = weights_[index(i)];
     if (!is_transposed(w.format)) continue;
     Place& place = places_[index(i)];
-    place.turned = take(unit.bytes, static_cast<std::size_t>(w.shape.numel()));
+    place.transposed = take(unit.bytes, static_cast<std::size_t>(w.shape.numel()));
     if (!has_block_scales(w.format)) continue;
-    place.turned_scales = take(
+    place.transposed_scales = take(
         unit.bytes, static_cast<std::size_t>(tile_count(w.shape[1], w.shape[0])) * sizeof(float));
   }
 }
@@ -249,25 +249,25 @@ void WeightUnits::fetch(int unit, int s) {
   slot.unit = -1;  // until the gather is on its way
   units_[index(unit)].gather->run(s);
   ++units_[index(unit)].gathers;
-  turn(unit, s);
+  transpose(unit, s);
   slot.arrived->record();
   slot.unit = unit;
   slot.capture = capture_;
 }
 
-void WeightUnits::turn(int unit, int s) {
+void WeightUnits::transpose(int unit, int s) {
   auto* const data = slots_[index(s)].memory.as<std::byte>();
   for (int i : units_[index(unit)].params) {
     const Weight& w = weights_[index(i)];
     const Place& place = places_[index(i)];
-    if (place.turned == kNowhere || w.shape.numel() == 0) continue;
+    if (place.transposed == kNowhere || w.shape.numel() == 0) continue;
     const auto view = [&](std::size_t codes, const Shape& shape, std::size_t scales) {
       return BlockScaledView{.data = {data + codes, DType::e4m3, shape, ctx_.device()},
                              .granularity = granularity_of(w.format),
                              .scales = scales == kNowhere ? nullptr : data + scales};
     };
-    turn_weight(comm_.context(), view(place.codes, w.shape, place.scales),
-                view(place.turned, {w.shape[1], w.shape[0]}, place.turned_scales));
+    make_transposed(comm_.context(), view(place.codes, w.shape, place.scales),
+                    view(place.transposed, {w.shape[1], w.shape[0]}, place.transposed_scales));
   }
 }
 
@@ -320,7 +320,7 @@ TensorView WeightUnits::weight(int param) const {
 
 TensorView WeightUnits::transposed(int param) const {
   const Shape& shape = weights_[index(param)].shape;
-  return {in_slot(param, places_[index(param)].turned),
+  return {in_slot(param, places_[index(param)].transposed),
           DType::e4m3,
           {shape[1], shape[0]},
           ctx_.device()};
@@ -331,7 +331,7 @@ void* WeightUnits::weight_scales(int param) const {
 }
 
 void* WeightUnits::transposed_scales(int param) const {
-  return in_slot(param, places_[index(param)].turned_scales);
+  return in_slot(param, places_[index(param)].transposed_scales);
 }
 
 std::uint64_t WeightUnits::payload_bytes(int unit) const {

@@ -96,7 +96,7 @@ class WeightUnits {
     std::size_t shard = 0;
     std::int64_t owned = 0;
     Buffer blocks;
-    std::size_t codes = 0, scales = kNowhere, turned = kNowhere, turned_scales = kNowhere;
+    std::size_t codes = 0, scales = kNowhere, transposed = kNowhere, transposed_scales = kNowhere;
   };
   struct Unit {
     std::vector<int> params;
@@ -118,14 +118,14 @@ class WeightUnits {
   void lay_out(const std::vector<Part>& parts, Plan& plan);
   void add_part(const Part& part, Plan& plan);
   void add_scales(Unit& unit, const Part& part, Plan& plan);
-  void add_turned(Unit& unit);
+  void add_transposed(Unit& unit);
   void allocate_slots(Plan& plan);
   void check_unit(int unit, const char* call) const;
   void forget_uncertain();
   int slot_of(int unit) const;
   int free_slot() const;
   void fetch(int unit, int slot);
-  void turn(int unit, int slot);
+  void transpose(int unit, int slot);
   int wanted_after(int unit);
   void fetch_ahead();
   void* in_slot(int param, std::size_t offset) const;
