@@ -83,8 +83,9 @@ void require_array(const std::string& subject, const IndexArray& saved, const St
   require(saved.format == own.format, subject, own.name, " is stored as ", shown_text(saved.format),
           ", the engine has \"", own.format, "\"; formats must be the same");
   for (const IndexRange& range : saved.ranges) {
-    require(range.begin % own.unit == 0, subject, own.name, ": a range begins at ", range.begin,
-            ", which is not a multiple of the ", own.unit, " elements of an entry");
+    require(range.begin % own.entry_elements == 0, subject, own.name, ": a range begins at ",
+            range.begin, ", which is not a multiple of the ", own.entry_elements,
+            " elements of an entry");
   }
 }
 

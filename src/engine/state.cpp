@@ -13,7 +13,8 @@ namespace {
 /// The part of a piece whose entries begin in it, where `array` has it.
 void add_owned(StateArray& array, const Piece& piece, std::int64_t numel) {
   const auto rounded = [&](std::int64_t element) {
-    return std::min((element + array.unit - 1) / array.unit * array.unit, numel);
+    return std::min(
+        (element + array.entry_elements - 1) / array.entry_elements * array.entry_elements, numel);
   };
   const std::int64_t begin = rounded(piece.begin), end = rounded(piece.begin + piece.count);
   if (begin >= end) return;
@@ -28,9 +29,10 @@ void add_owned(StateArray& array, const Piece& piece, std::int64_t numel) {
 }
 
 /// The pieces' entries lie one after the other from `data` on.
-StateArray make_array(std::string_view name, std::string_view format, std::int64_t unit,
-                      std::size_t unit_bytes, void* data, const std::vector<Piece>& held) {
-  StateArray array{.name = name, .format = format, .unit = unit, .unit_bytes = unit_bytes};
+StateArray make_array(std::string_view name, std::string_view format, std::int64_t entry_elements,
+                      std::size_t entry_bytes, void* data, const std::vector<Piece>& held) {
+  StateArray array{
+      .name = name, .format = format, .entry_elements = entry_elements, .entry_bytes = entry_bytes};
   auto* next = static_cast<std::byte*>(data);
   for (const Piece& piece : held) {
     if (piece.count == 0) continue;

@@ -18,15 +18,16 @@ struct StateRange {
   void* data = nullptr;  ///< device memory; with EngineConfig::offload_states maybe pinned memory
 };
 
-/// One stored array of a parameter. Everything is counted in elements of the parameter; `unit` of
-/// them in a row share an entry (a block's scale), so ranges begin at multiples of it.
+/// One stored array of a parameter. Everything is counted in elements of the parameter;
+/// `entry_elements` of them in a row share an entry (a block's scale), so ranges begin at multiples
+/// of it.
 struct StateArray {
   /// "weight", "weight_blocks", "master", "m", "m_blocks", "v", "v_blocks".
   std::string_view name;
   /// As name_of() spells the weight's or state's format; "f32" for scales of blocks.
   std::string_view format;
-  std::int64_t unit = 1;
-  std::size_t unit_bytes = 0;  ///< of an entry
+  std::int64_t entry_elements = 1;
+  std::size_t entry_bytes = 0;
   /// All that this rank has, in ascending order.
   std::vector<StateRange> held = {};
   /// Of that the part that is this rank's to save: over all ranks each element once, whatever the
@@ -35,7 +36,7 @@ struct StateArray {
 
   /// Bytes of `count` elements from the start of an entry.
   std::size_t bytes(std::int64_t count) const {
-    return static_cast<std::size_t>((count + unit - 1) / unit) * unit_bytes;
+    return static_cast<std::size_t>((count + entry_elements - 1) / entry_elements) * entry_bytes;
   }
 };
 
