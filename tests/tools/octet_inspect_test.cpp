@@ -175,8 +175,13 @@ TEST_CASE("Scales of the tensor, of rows, tiles and blocks, as files name them")
     list.push_back({c.name, "F8_E4M3", {kRows, kColumns}, random_codes(kCount, ++seed)});
     list.push_back({c.scale, "F32", c.shape, raw(random_scales(count, seed))});
   }
-  // A shape that tells nothing: listed as without scale.
-  list.push_back({"z.weight", "F8_E4M3", {4, 4}, random_codes(16, 99)});
+  // Shapes and a dtype that tell nothing: the scale is named, and there is no amax.
+  const std::string unknown[] = {"w.weight", "y.weight", "z.weight"};
+  for (const std::string& name : unknown) {
+    list.push_back({name, "F8_E4M3", {4, 4}, random_codes(16, 99)});
+  }
+  list.push_back({"w.weight_scale", "F32", {4, 4}, raw(random_scales(16, 1))});
+  list.push_back({"y.weight_scale", "U8", {1}, {1}});
   list.push_back({"z.weight_scale", "F32", {3, 3}, raw(random_scales(9, 1))});
   save(path, list);
   const json output = run_json(folder, path);
@@ -193,7 +198,45 @@ TEST_CASE("Scales of the tensor, of rows, tiles and blocks, as files name them")
     CHECK(tensor["amax"] ==
           reference_amax(codes, [&](std::size_t i) { return scales[c.place(i)]; }));
   }
-  CHECK(!entry_of(output, "z.weight").contains("scale"));
+  for (const std::string& name : unknown) {
+    const json tensor = entry_of(output, name);
+    CHECK(tensor["scale"] == json{{"tensor", name + "_scale"}});
+    CHECK(!tensor.contains("amax"));
+    CHECK(tensor["share"].contains("zeros"));
+  }
+}
+
+TEST_CASE("Scales of every dtype, negative ones and NaN") {
+  const Folder folder;
+  const std::string path = folder.file("a.safetensors");
+  struct Case {
+    std::string name, dtype;
+    std::vector<std::uint8_t> one;  ///< 2^-3, but for the last two
+  };
+  const std::vector<Case> cases = {{"f32", "F32", raw(std::vector<float>{0.125f})},
+                                   {"bf16", "BF16", raw(std::vector<std::uint16_t>{0x3E00})},
+                                   {"f16", "F16", raw(std::vector<std::uint16_t>{0x3000})},
+                                   {"e8m0", "F8_E8M0", {124}},
+                                   {"negative", "F32", raw(std::vector<float>{-0.125f})},
+                                   {"nan", "F8_E8M0", {0xFF}}};
+  std::vector<Content> list;
+  for (const Case& c : cases) {
+    list.push_back({c.name, "F8_E4M3", {2}, {0x7E, 0x38}});
+    list.push_back({c.name + "_scale_inv", c.dtype, {1}, c.one});
+  }
+  save(path, list);
+  const json output = run_json(folder, path);
+  for (const Case& c : cases) {
+    INFO(c.name);
+    const json tensor = entry_of(output, c.name);
+    if (c.name == "nan") {
+      CHECK(tensor["amax"].is_null());
+      CHECK(tensor["scale"]["max"].is_null());
+    } else {
+      CHECK(tensor["amax"] == 56.0);
+      CHECK(tensor["scale"]["min"] == (c.name == "negative" ? -0.125 : 0.125));
+    }
+  }
 }
 
 TEST_CASE("Factors of a checkpoint's arrays, by its index") {
@@ -248,6 +291,14 @@ TEST_CASE("Factors of a checkpoint's arrays, by its index") {
   CHECK(entry_of(run_json(folder, first), "b.weight")["amax"] == 448.0);
   save_scales("1");
   CHECK(entry_of(run_json(folder, first), "b.weight")["amax"] == 224.0);
+  // A name that leads out of the folder is not followed.
+  const std::string below = folder.file("below");
+  std::filesystem::create_directory(below);
+  std::filesystem::copy_file(first, below + "/first");
+  json leading = content;
+  leading["files"][1]["name"] = "../octet-00000007-1-rank-1.safetensors";
+  std::ofstream(below + "/octet-00000007.json") << json{{"content", leading}};
+  CHECK(!entry_of(run_json(folder, below + "/first"), "b.weight").contains("scale"));
   std::ofstream(folder.file("octet-00000007.json")) << "{";
   CHECK(!entry_of(run_json(folder, first), "b.weight").contains("scale"));
 }
@@ -273,18 +324,25 @@ TEST_CASE("The table has a line of every tensor") {
   save(path,
        {{"w", "F8_E4M3", {2, 2}, {0x7E, 0x00, 0x38, 0x01}},
         {"w_scale", "F32", {1}, raw(std::vector<float>{0.25f})},
-        {"bad\x1Bname", "I64", {}, std::vector<std::uint8_t>(8)}},
+        {"bad\x1Bname", "I64", {}, std::vector<std::uint8_t>(8)},
+        {"b\xC2\x9B\xC2\xA7", "I64", {}, std::vector<std::uint8_t>(8)},
+        {"u", "F8_E4M3", {1}, {0x38}},
+        {"u_scale", "U8", {1}, {1}}},
        {{"format", "pt"}});
   save(other, {{"v", "F32", {1}, raw(std::vector<float>{-1.5f})}});
   const Outcome outcome = run_program(folder, "'" + path + "' '" + other + "'");
   CHECK(outcome.exit_code == 0);
   CHECK(outcome.out ==
         path +
-            ": 3 tensors, 16 bytes\n  format = pt\n"
+            ": 6 tensors, 26 bytes\n  format = pt\n"
             "tensor    dtype    shape   scale  amax  zeros  saturated  subnormal  not finite\n"
             "w         F8_E4M3  [2, 2]   0.25   112    25%        25%        25%          0%\n"
             "w_scale   F32      [1]         -  0.25     0%          -         0%          0%\n"
             "bad?name  I64      []          -     -      -          -          -           -\n"
+            "b?\xC2\xA7      I64      []          -     -      -          -          -           "
+            "-\n"
+            "u         F8_E4M3  [1]         ?     -     0%         0%         0%          0%\n"
+            "u_scale   U8       [1]         -     -      -          -          -           -\n"
             "\n" +
             other +
             ": 1 tensors, 4 bytes\n"

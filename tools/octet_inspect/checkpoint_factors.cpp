@@ -41,6 +41,7 @@ std::map<std::string, float> read_map(const octet::SafetensorsReader& file, cons
   const fs::path folder = fs::path(file.path()).parent_path();
   const json& place = content.at("scales");
   const std::string name = content.at("files").at(place.at("file").get<std::size_t>()).at("name");
+  octet::require(fs::path(name).filename() == name, name, " leads out of the folder");
   const octet::SafetensorsReader holder((folder / name).string());
   octet::require(metadata_of(holder, "id") == metadata_of(file, "id"), name, " is another save's");
   const std::vector<float> factors = read_factors(holder, place.at("tensor"));
@@ -68,7 +69,11 @@ std::map<std::string, float> checkpoint_factors(const octet::SafetensorsReader& 
   if (metadata_of(file, "format") != "octet checkpoint") return {};
   std::string step = metadata_of(file, "step");
   step.insert(0, step.size() < 8 ? 8 - step.size() : 0, '0');
-  std::ifstream index(fs::path(file.path()).parent_path() / ("octet-" + step + ".json"));
+  if (step.find_first_not_of("0123456789") != step.npos) return {};
+  const fs::path path = fs::path(file.path()).parent_path() / ("octet-" + step + ".json");
+  std::error_code ignored;
+  if (!fs::is_regular_file(path, ignored)) return {};  // a pipe would be waited for
+  std::ifstream index(path);
   try {
     const json content = json::parse(index).at("content");
     if (content.at("id") != metadata_of(file, "id")) return {};

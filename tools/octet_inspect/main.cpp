@@ -28,6 +28,9 @@ int run(const std::vector<std::string>& paths, bool as_json) {
     } catch (const octet::Error& error) {
       std::fprintf(stderr, "octet_inspect: %s\n", error.what());
       exit_code = 1;
+    } catch (const std::exception& error) {  // memory for a file of any size, say
+      std::fprintf(stderr, "octet_inspect: %s: %s\n", path.c_str(), error.what());
+      exit_code = 1;
     }
   }
   // A path need not be UTF-8, which JSON is.

@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
+#include <string_view>
+#include <utility>
 
 #include "checkpoint_factors.hpp"
 
@@ -31,12 +34,27 @@ std::string percent(std::uint64_t part, const Statistics& s) {
   return text;
 }
 
-/// Names come from a file: nothing that a terminal would act on.
-std::string printable(std::string text) {
-  for (char& c : text) {
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = '?';
+/// Names come from a file: nothing that a terminal would act on. Those above 0x7F are the two bytes
+/// C2 80 to C2 9F in UTF-8.
+std::string printable(std::string_view text) {
+  std::string shown;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const auto c = static_cast<unsigned char>(text[i]);
+    const auto next = i + 1 < text.size() ? static_cast<unsigned char>(text[i + 1]) : 0;
+    const bool is_high_control = c == 0xC2 && next >= 0x80 && next < 0xA0;
+    shown += c < 0x20 || c == 0x7F || is_high_control ? '?' : text[i];
+    i += is_high_control;
   }
-  return text;
+  return shown;
+}
+
+/// Least and largest; both NaN where one is.
+std::pair<float, float> range_of(const std::vector<float>& values) {
+  for (float value : values) {
+    if (std::isnan(value)) return {value, value};
+  }
+  const auto [low, high] = std::minmax_element(values.begin(), values.end());
+  return {*low, *high};
 }
 
 std::string shape_text(const octet::FileTensor& tensor) {
@@ -46,9 +64,9 @@ std::string shape_text(const octet::FileTensor& tensor) {
 }
 
 std::string scale_text(const Scales& scales) {
-  if (scales.values.empty()) return "-";
-  const auto [low, high] = std::minmax_element(scales.values.begin(), scales.values.end());
-  const std::string least = number(double{*low}), most = number(double{*high});
+  if (scales.values.empty()) return "?";
+  const auto [low, high] = range_of(scales.values);
+  const std::string least = number(double{low}), most = number(double{high});
   return scales.values.size() == 1 ? least : least + " to " + most;
 }
 
@@ -61,7 +79,7 @@ Row row_of(const TensorReport& report) {
   if (report.scales) row[3] = scale_text(*report.scales);
   if (!report.statistics) return row;
   const Statistics& s = *report.statistics;
-  row[4] = number(s.amax);
+  if (s.has_amax) row[4] = number(s.amax);
   row[5] = percent(s.zeros, s);
   if (s.has_saturation) row[6] = percent(s.saturated, s);
   row[7] = percent(s.subnormal, s);
@@ -118,15 +136,17 @@ nlohmann::ordered_json to_json(const octet::SafetensorsReader& file,
                                     {"dtype", report.tensor.dtype},
                                     {"shape", report.tensor.shape},
                                     {"bytes", report.tensor.bytes}};
-    if (report.scales && !report.scales->values.empty()) {
+    if (report.scales) {
       const std::vector<float>& values = report.scales->values;
-      const auto [low, high] = std::minmax_element(values.begin(), values.end());
-      entry["scale"] = {{"count", values.size()}, {"min", *low}, {"max", *high}};
+      if (!values.empty()) {
+        const auto [low, high] = range_of(values);
+        entry["scale"] = {{"count", values.size()}, {"min", low}, {"max", high}};
+      }
       if (!report.scales->name.empty()) entry["scale"]["tensor"] = report.scales->name;
     }
     if (report.statistics) {
       const Statistics& s = *report.statistics;
-      entry["amax"] = s.amax;
+      if (s.has_amax) entry["amax"] = s.amax;
       entry["share"]["zeros"] = share(s.zeros, s);
       if (s.has_saturation) entry["share"]["saturated"] = share(s.saturated, s);
       entry["share"]["subnormal"] = share(s.subnormal, s);

@@ -26,8 +26,8 @@ std::string to_text(const octet::SafetensorsReader& file, const std::vector<Tens
 
 /// {"file", "bytes" of its data, "metadata", "tensors": [{"name", "dtype", "shape", "bytes"}, and
 /// where they are known "scale": {"count", "min", "max", "tensor" that they are, but for one factor
-/// of a checkpoint}, "amax", "share": {"zeros", "saturated" (of FP8), "subnormal", "non_finite"} of
-/// all elements].
+/// of a checkpoint; only that where it says nothing, and then no "amax"}, "amax" (null for NaN),
+/// "share": {"zeros", "saturated" (of FP8), "subnormal", "non_finite"} of all elements].
 nlohmann::ordered_json to_json(const octet::SafetensorsReader& file,
                                const std::vector<TensorReport>& list);
 

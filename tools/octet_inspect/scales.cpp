@@ -2,8 +2,11 @@
 #include "scales.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "octet/core/block_scales.hpp"
+#include "octet/core/float16.hpp"
 
 namespace inspect {
 namespace {
@@ -11,6 +14,27 @@ namespace {
 using octet::FileTensor;
 
 constexpr std::int64_t kBlock = 128;
+
+/// Values of a tensor, for dtypes that factors have; nothing for others.
+std::optional<std::vector<float>> read_factors(const octet::SafetensorsReader& file,
+                                               const FileTensor& tensor) {
+  std::vector<float> values(numel_of(tensor));
+  const auto read_as = [&](auto code, const auto& decode) {
+    std::vector<decltype(code)> codes(values.size());
+    file.read(tensor, 0, tensor.bytes, codes.data());
+    std::transform(codes.begin(), codes.end(), values.begin(), decode);
+    return values;
+  };
+  if (tensor.dtype == "F32") return read_as(0.0f, [](float value) { return value; });
+  if (tensor.dtype == "BF16") return read_as(std::uint16_t{}, octet::decode_bf16);
+  if (tensor.dtype == "F16") return read_as(std::uint16_t{}, octet::decode_f16);
+  if (tensor.dtype == "F8_E8M0") {  // an exponent; all ones are NaN
+    return read_as(std::uint8_t{}, [](std::uint8_t code) {
+      return code == 0xFF ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, code - 127);
+    });
+  }
+  return std::nullopt;
+}
 
 std::int64_t blocks_of(std::int64_t count, std::int64_t size) {
   return size == 0 ? 0 : (count + size - 1) / size;
@@ -42,6 +66,7 @@ std::optional<Scales> named_layout(const FileTensor& tensor, const FileTensor& s
                          .row_stride = across,
                          .column_stride = 1};
   if (scales.block_rows == 0 || scales.block_columns == 0) return std::nullopt;
+  if (columns > 1 && numel_of(scale) == numel_of(tensor)) return std::nullopt;  // one of each value
   return scales;
 }
 
@@ -106,14 +131,15 @@ std::optional<Scales> read_scales(const octet::SafetensorsReader& file, const Fi
   const std::string blocks = blocks_name(tensor.name);
   for (const std::string& name : {tensor.name + "_scale_inv", tensor.name + "_scale", blocks}) {
     const FileTensor* scale = file.find(name);
-    if (scale == nullptr || scale->dtype != "F32") continue;
+    if (scale == nullptr) continue;
     std::optional<Scales> scales =
         name == blocks ? octet_layout(tensor, *scale, name.find(".weight_blocks") != name.npos)
                        : named_layout(tensor, *scale);
-    if (!scales) continue;
+    std::optional<std::vector<float>> values;
+    if (scales) values = read_factors(file, *scale);
+    if (!values) return Scales{.name = name};
     scales->name = name;
-    scales->values.resize(scale->bytes / sizeof(float));
-    file.read(*scale, 0, scale->bytes, scales->values.data());
+    scales->values = std::move(*values);
     return scales;
   }
   return std::nullopt;

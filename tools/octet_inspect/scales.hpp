@@ -14,9 +14,9 @@ namespace inspect {
 
 /// Factors of blocks of a matrix; of other tensors, everything is one row.
 struct Scales {
-  std::string name = {};  ///< of the tensor that they are; empty of a checkpoint's factor
-  std::vector<float> values = {};
-  std::int64_t columns = 1;  ///< of the matrix
+  std::string name = {};           ///< of the tensor that they are; empty of a checkpoint's factor
+  std::vector<float> values = {};  ///< empty where dtype or shape say nothing
+  std::int64_t columns = 1;        ///< of the matrix
   std::int64_t block_rows = 1, block_columns = 1;
   std::int64_t row_stride = 0, column_stride = 0;  ///< from block to block, in `values`
 
@@ -33,7 +33,7 @@ struct Scales {
 /// a row; or those of an octet checkpoint's array, PARAMETER.ARRAY_blocks, with one of 128
 /// consecutive elements, and of weights one of tiles or of 128 of a row. Else the factor that
 /// `factors` (of checkpoint_factors()) has for it, which F16 may have too.
-/// Nothing where there are none, or in a shape that tells nothing.
+/// They may be in F32, BF16, F16 or F8_E8M0. Nothing where there are none.
 std::optional<Scales> read_scales(const octet::SafetensorsReader& file,
                                   const octet::FileTensor& tensor,
                                   const std::map<std::string, float>& factors);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <vector>
 
 #include "octet/core/float16.hpp"
@@ -50,20 +51,23 @@ Statistics measure_as(const Format<Code>& format, const octet::SafetensorsReader
   Statistics result;
   result.elements = tensor.bytes / sizeof(Code);
   result.has_saturation = sizeof(Code) == 1;
+  const bool has_factors = scales && !scales->values.empty();
+  result.has_amax = !scales || has_factors;
   const std::uint64_t piece = std::max<std::uint64_t>(piece_bytes / sizeof(Code), 1);
   std::vector<Code> codes(std::min(piece, result.elements));
   for (std::uint64_t at = 0; at < result.elements; at += piece) {
     const std::uint64_t here = std::min(piece, result.elements - at);
     file.read(tensor, at * sizeof(Code), here * sizeof(Code), codes.data());
     for (std::uint64_t i = 0; i < here;) {
-      const Scales::Run same = scales ? scales->run(at + i) : Scales::Run{1.0, here - i};
+      const Scales::Run same = has_factors ? scales->run(at + i) : Scales::Run{1.0, here - i};
       const std::uint64_t elements = std::min(same.elements, here - i);
       const Run<Code> run = count(format, codes.data() + i, elements);
       result.zeros += run.zeros;
       result.subnormal += run.below_normal - run.zeros;
       result.saturated += result.has_saturation ? run.largest : 0;
       result.non_finite += run.special;
-      result.amax = std::max(result.amax, format.decode(run.max) * same.factor);
+      const double amax = format.decode(run.max) * std::abs(same.factor);
+      if (amax > result.amax || std::isnan(amax)) result.amax = amax;  // a NaN stays
       i += elements;
     }
   }

@@ -16,8 +16,10 @@ struct Statistics {
   std::uint64_t saturated = 0;   ///< codes of the largest magnitude, of FP8
   std::uint64_t subnormal = 0;   ///< codes below the smallest normal one, zero apart
   std::uint64_t non_finite = 0;  ///< NaN and infinity
-  double amax = 0;               ///< largest magnitude of the finite values, decoded
-  bool has_saturation = false;   ///< whether the dtype is FP8
+  /// Largest magnitude of the finite values, decoded; NaN where a factor is.
+  double amax = 0;
+  bool has_amax = true;         ///< whether the factors are known
+  bool has_saturation = false;  ///< whether the dtype is FP8
 };
 
 /// Reads a tensor in pieces of `piece_bytes`. Nothing for dtypes other than F8_E4M3, F8_E5M2, F16,
