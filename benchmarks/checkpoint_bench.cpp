@@ -38,6 +38,15 @@ constexpr double kStallTarget = 1.10;  ///< start() over the copy alone
 constexpr int kSteps = 2;
 constexpr std::size_t kPlainWrite = std::size_t{1} << 20;  ///< bytes a call
 
+/// A folder that goes when this does, whatever throws.
+struct Removed {
+  std::string folder;
+  ~Removed() {
+    std::error_code ignored;
+    fs::remove_all(folder, ignored);
+  }
+};
+
 struct Options {
   std::string device = "auto", directory, json;
   std::vector<int> ranks{1, 2};
@@ -52,7 +61,7 @@ struct Case {
   int ranks = 1;
 };
 
-/// Medians over the repeats, in seconds; bytes of all ranks.
+/// Medians over the repeats, in seconds; bytes of all ranks, the index among them.
 struct Result {
   Case c;
   std::int64_t parameters = 0;
@@ -141,6 +150,7 @@ class Rank {
     r.parameters = engine_.plan().parameters;
     std::vector<double> plain, save, copy, stall, beside, load;
     const std::string saved = directory + "/saved";
+    octet::CheckpointInfo info;
     octet::CheckpointWriter writer(engine_, comm_, directory + "/beside");
     writer.start();  // takes host memory once
     writer.finish();
@@ -151,14 +161,14 @@ class Rank {
         if ((i + turn) % 2 == 0) {
           plain.push_back(time([&] { replace_plainly(directory, i); }));
         } else {
-          save.push_back(
-              time([&] { r.file_bytes = save_checkpoint(engine_, comm_, saved).bytes; }));
+          save.push_back(time([&] { info = save_checkpoint(engine_, comm_, saved); }));
         }
       }
       stall.push_back(time([&] { writer.start(); }));
       beside.push_back(time([&] { writer.finish(); }));
       load.push_back(time([&] { load_checkpoint(engine_, comm_, saved); }));
     }
+    r.file_bytes = info.bytes + fs::file_size(info.index);
     r.state_bytes = sum_over_ranks(bytes_) + scale_bytes();
     r.plain = median(plain), r.save = median(save), r.copy = median(copy);
     r.stall = median(stall), r.beside = median(beside), r.load = median(load);
@@ -325,6 +335,7 @@ int run(Options options) {
       options.directory.empty() ? fs::temp_directory_path() : fs::path(options.directory);
   folder += "/octet-checkpoint-bench-XXXXXX";
   octet::require(mkdtemp(folder.data()) != nullptr, folder, " cannot be created");
+  const Removed removed{folder};
   std::printf(
       "| parameters | formats | ranks | MB | beyond states | write(2) GB/s | save GB/s | "
       "ratio | copy ms | stall ms | load GB/s |\n|---|---|---|---|---|---|---|---|---|---|---|\n");
@@ -335,7 +346,6 @@ int run(Options options) {
       print_row(results.back());
     }
   }
-  fs::remove_all(folder);
   if (!options.json.empty()) write_json(options.json, device, results);
   const auto too_large = std::count_if(results.begin(), results.end(), [](const Result& r) {
     return r.file_bytes < r.state_bytes || excess(r) > kBytesTarget;

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights of an engine written to a file, against what the engine stores, decoded from the codes in
 // double precision.
-#include <sys/wait.h>
-
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 
@@ -381,51 +378,6 @@ TEST_CASE("What cannot be exported is refused before a file is made") {
   CHECK(taken.error(path, codes) != "no error");
   CHECK(!std::filesystem::exists(path));
   CHECK(!std::filesystem::exists(path + ".tmp"));
-}
-
-TEST_CASE("Python's safetensors reads the same bytes") {
-  if (std::system("python3 -c 'import safetensors' 2>/dev/null") != 0) {
-    WARN("python3 has no safetensors here: not tested");
-    return;
-  }
-  const Folder folder;
-  const std::string path = folder.file("w.safetensors"), script = folder.file("read.py");
-  const Model model(Context::cpu(), WeightFormat::e4m3_tile);
-  export_weights_sync(model.context(), model.engine(), path, model.names,
-                      {.dtype = DType::e4m3, .scales = ScaleNaming::weight_scale_inv});
-  std::ofstream(script) << R"(
-import sys
-import safetensors
-for name, tensor in safetensors.deserialize(open(sys.argv[1], "rb").read()):
-    print(name, tensor["dtype"], list(tensor["shape"]), "",
-          sum(tensor["data"]), sep="|")
-try:
-    import numpy
-except ImportError:
-    sys.exit()
-with safetensors.safe_open(sys.argv[1], framework="np") as file:
-    assert file.metadata() == {"format": "pt"}, file.metadata()
-    for name in file.keys():
-        if name.endswith("_scale_inv"):
-            assert file.get_tensor(name).dtype == numpy.float32
-)";
-  const std::string out = folder.file("out");
-  const int status =
-      std::system(("python3 '" + script + "' '" + path + "' >'" + out + "' 2>&1").c_str());
-  INFO(read_file(out));
-  REQUIRE((WIFEXITED(status) && WEXITSTATUS(status) == 0));
-  const std::string lines = read_file(out);
-  const SafetensorsReader file(path);
-  for (const FileTensor& tensor : file.tensors()) {
-    std::string shape;
-    for (std::int64_t dim : tensor.shape) {
-      shape += (shape.empty() ? "" : ", ") + std::to_string(dim);
-    }
-    std::uint64_t sum = 0;
-    for (std::uint8_t byte : bytes_in(file, tensor.name)) sum += byte;
-    CHECK(lines.find(tensor.name + "|" + tensor.dtype + "|[" + shape + "]|") != std::string::npos);
-    CHECK(lines.find("|" + std::to_string(sum) + "\n") != std::string::npos);
-  }
 }
 
 }  // namespace octet::test
