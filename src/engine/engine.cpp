@@ -61,8 +61,6 @@ Engine::Engine(const Context& ctx, Communicator& comm, const EngineConfig& confi
   impl_->plan.reduced_gradient = config.reduced_gradient.value_or(
       impl_->plan.sharding == Sharding::none ? impl_->plan.formats.gradient : DType::f32);
   impl_->check_reduced_gradient();
-  // One rank's gradient is the mean.
-  if (comm.size() == 1) impl_->plan.reduced_gradient = impl_->plan.formats.gradient;
   const StateFormats& formats = impl_->plan.formats.state;
   check_formats("Engine: formats", formats, config.adamw.of());
   require(formats.weight != WeightFormat::none,

@@ -198,8 +198,7 @@ class Walker {
     check("level", plan.level, c_.level);
     check("sharding", plan.sharding, c_.cut());
     check("formats", plan.formats == c_.formats(), true);
-    const DType own = c_.formats().gradient;
-    check("reduced gradient", plan.reduced_gradient, c_.ranks == 1 ? own : c_.reduced_gradient());
+    check("reduced gradient", plan.reduced_gradient, c_.reduced_gradient());
     check("ranks", plan.ranks, c_.ranks);
     check("transport", plan.transport, std::string(comm_.name()));
     const StateFormats f = c_.formats().state;

@@ -31,8 +31,10 @@ struct Plan {
   Sharding sharding = Sharding::none;
   int ranks = 1;
   std::string transport;
-  Formats formats;                        ///< of FP8-managed parameters
-  DType reduced_gradient = DType::f32;    ///< what the optimizer reads, of FP8-managed parameters
+  Formats formats;  ///< of FP8-managed parameters
+  /// What the optimizer reads of FP8-managed parameters, on several ranks. The gradient of one rank
+  /// is its own mean in either format, and the optimizer reads it as it is stored.
+  DType reduced_gradient = DType::f32;
   std::int64_t parameters = 0;            ///< elements
   std::int64_t fp8_parameters = 0;        ///< of those, FP8-managed
   std::int64_t owned_fp8_parameters = 0;  ///< whose optimizer state this rank holds
