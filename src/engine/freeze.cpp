@@ -423,7 +423,9 @@ void Engine::Impl::describe() {
           "no window, though EngineConfig::windows is true: one rank has no peers");
     }
     if (plan.sharding != Sharding::none) {
-      plan.notes.push_back("one rank holds the whole optimizer: sharding has nothing to cut");
+      plan.notes.push_back(
+          "one rank holds the whole optimizer: sharding has nothing to cut, and AdamW reads its "
+          "gradient as stored, which is its mean in either format");
     }
   } else if (shards_weights()) {
     plan.weight_gather = describe_weights();

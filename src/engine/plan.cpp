@@ -40,7 +40,6 @@ std::uint64_t Plan::host_state_bytes(bool fp8_managed_only, bool measured) const
 }
 
 std::string Plan::to_markdown() const {
-  const bool is_stored = ranks == 1 && reduced_gradient != formats.gradient;
   std::ostringstream out;
   out << "| plan | |\n|---|---|\n"
       << "| level | " << name_of(level) << " |\n| sharding | " << name_of(sharding) << " |\n"
@@ -50,8 +49,7 @@ std::string Plan::to_markdown() const {
       << "| FP8-managed formats | weight " << name_of(formats.state.weight) << ", gradient "
       << name_of(formats.gradient) << ", master " << name_of(formats.state.master) << ", m "
       << name_of(formats.state.m) << ", v " << name_of(formats.state.v) << " |\n"
-      << "| reduced gradient | " << name_of(reduced_gradient)
-      << (is_stored ? " (one rank: the gradient as stored, with equal bits)" : "") << " |\n"
+      << "| reduced gradient | " << name_of(reduced_gradient) << " |\n"
       << "| other formats | f32 throughout |\n"
       << "| reduction | " << reduction << ", " << buckets << " buckets |\n"
       << "| schedule | " << schedule << " |\n"
