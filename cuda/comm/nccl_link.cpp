@@ -91,7 +91,7 @@ void NcclLink::abort() {
   std::unique_lock lock(mutex_, std::try_to_lock);
   for (const auto until = Clock::now() + kLockPatience; !lock && Clock::now() < until;) {
     std::this_thread::sleep_for(kPollInterval);
-    lock.try_lock();
+    (void)lock.try_lock();
   }
   ncclComm_t comm = comm_.exchange(nullptr);
   if (comm == nullptr) return;
