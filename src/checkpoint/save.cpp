@@ -206,8 +206,8 @@ std::size_t Save::part_bytes() const {
   return bytes;
 }
 
-Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
-               const SaveOptions& options) {
+Save describe_save(Engine& engine, const Communicator& comm, const std::string& directory,
+                   const SaveOptions& options) {
   check_options(options);
   Save save{.directory = directory,
             .level = std::string(name_of(engine.plan().level)),
@@ -221,12 +221,17 @@ Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
   const auto scalars = read_sync<AdamwScalars>(save.state.ctx, save.state.scalars, 1).front();
   save.step = scalars.step;
   save.skipped = scalars.skipped;
-  make_directory(directory);
+  list_parts(save);
+  return save;
+}
+
+void open_save(Save& save, Communicator& comm) {
+  make_directory(save.directory);
   if (save.rank == 0) {
-    check_directory(directory, save.step);
+    check_directory(save.directory, save.step);
     // What saves that died have left may fill the disk. No rank writes before it has heard of this
     // one. commit() tries again, and tells what is in the way.
-    (void)problem_of([&] { remove_unused(directory); });
+    (void)problem_of([&] { remove_unused(save.directory); });
   }
 
   json mine = common_of(save);
@@ -237,8 +242,6 @@ Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
   }
   require_equal(ranks);
   save.id = ranks[0].at("id").get<std::string>();
-  list_parts(save);
-  return save;
 }
 
 void write_rank_file(Save& save, const PartSource& source) {

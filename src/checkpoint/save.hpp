@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A save, step by step: open_save() on all ranks, write_rank_file() on each, commit() on all.
+// A save, step by step: describe_save() on each rank, open_save() on all, write_rank_file() on
+// each, commit() on all.
 #pragma once
 
 #include <cstdint>
@@ -48,9 +49,11 @@ struct Save {
   std::size_t part_bytes() const;  ///< of all parts
 };
 
-/// Checks options and state, and that all ranks agree; rank 0 chooses the id. Together.
-Save open_save(Engine& engine, Communicator& comm, const std::string& directory,
-               const SaveOptions& options);
+/// What this rank is to save; checks options and state.
+Save describe_save(Engine& engine, const Communicator& comm, const std::string& directory,
+                   const SaveOptions& options);
+/// Checks the directory and that all ranks agree; rank 0 chooses the id. Together.
+void open_save(Save& save, Communicator& comm);
 
 /// Host memory with `bytes` bytes of a part from `offset` on, valid until the next call.
 using PartSource =

@@ -40,6 +40,7 @@ void write_from_device(Save& save) {
 struct CheckpointWriter::Impl {
   Impl(Engine& e, Communicator& c, std::string d) : engine(e), comm(c), directory(std::move(d)) {}
 
+  /// Enqueues the copies.
   void take_snapshot() {
     const Context& ctx = save->state.ctx;
     const std::size_t bytes = save->part_bytes();
@@ -53,7 +54,6 @@ struct CheckpointWriter::Impl {
       part.data = next;  // from here on
       next += part.tensor.bytes;
     }
-    ctx.synchronize();
   }
 
   void write() {
@@ -90,8 +90,10 @@ void CheckpointWriter::start(const SaveOptions& options) {
   finish();
   try {
     set_up_together_sync(w.comm, [&] {
-      w.save.emplace(open_save(w.engine, w.comm, w.directory, options));
+      w.save.emplace(describe_save(w.engine, w.comm, w.directory, options));
       w.take_snapshot();
+      open_save(*w.save, w.comm);  // looks into the directory while the copies are under way
+      w.save->state.ctx.synchronize();
     });
   } catch (...) {
     w.save.reset();
@@ -119,7 +121,10 @@ std::optional<CheckpointInfo> CheckpointWriter::finish() {
 CheckpointInfo save_checkpoint(Engine& engine, Communicator& comm, const std::string& directory,
                                const SaveOptions& options) {
   std::optional<Save> save;
-  set_up_together_sync(comm, [&] { save.emplace(open_save(engine, comm, directory, options)); });
+  set_up_together_sync(comm, [&] {
+    save.emplace(describe_save(engine, comm, directory, options));
+    open_save(*save, comm);
+  });
   const std::string problem = problem_of([&] { write_from_device(*save); });
   return commit(*save, comm, problem);
 }
