@@ -58,7 +58,7 @@ TEST_CASE("a checkpoint survives kill -9 at any moment") {
   engine.freeze();
   twin.freeze();
 
-  // How long a child takes to its first checkpoint here; kills come within twice that.
+  // How long a child takes to its first checkpoint here; kills come within twice that at first.
   const auto start = [&] {
     const pid_t child =
         start_test("saves until it is killed", {std::string(kVariable) + "=" + directory});
@@ -71,7 +71,7 @@ TEST_CASE("a checkpoint survives kill -9 at any moment") {
          ProcessClock::now() < began + std::chrono::seconds(60)) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
-  const auto longest =
+  auto longest =
       2 * std::chrono::duration_cast<std::chrono::microseconds>(ProcessClock::now() - began);
   kill(first, SIGKILL);
   finish(first, ProcessClock::now() + std::chrono::seconds(10));
@@ -92,6 +92,8 @@ TEST_CASE("a checkpoint survives kill -9 at any moment") {
     REQUIRE(info.step == steps.back());
     REQUIRE(info.step >= step);
     advanced += info.step > step;
+    // On a machine that has become busier children get more time, until half of them come to save.
+    longest += (info.step > step ? -1 : 1) * longest / 32;
     for (; step < info.step; ++step) take_step(twin, ctx, static_cast<int>(step) + 1, 0, true);
     REQUIRE(first_difference(held_bytes(engine, ctx), held_bytes(twin, ctx)) == "");
     std::size_t files = 0;
@@ -100,9 +102,8 @@ TEST_CASE("a checkpoint survives kill -9 at any moment") {
     }
     unfinished += files != 3 * steps.size();
   }
-  // On a machine that is busier than it was at first fewer come so far.
-  CHECK(advanced > kKills / 10);    // the children came to save
-  CHECK(unfinished > kKills / 20);  // and were killed while they did
+  CHECK(advanced > kKills / 4);    // the children came to save
+  CHECK(unfinished > kKills / 8);  // and were killed while they did
 }
 
 }  // namespace octet::test
