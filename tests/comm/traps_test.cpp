@@ -6,6 +6,7 @@
 #include "support/catch.hpp"
 #include "support/engine_model.hpp"
 #include "support/errors.hpp"
+#include "support/forwarding_rank.hpp"
 #include "support/mean_ranks.hpp"
 #include "support/sum_ranks.hpp"
 
@@ -126,25 +127,12 @@ namespace {
 
 // Ranks of several kinds of device: thread ranks whose transport would add FP8 itself, but not on
 // rank 1.
-class MixedDevices final : public Communicator {
+class MixedDevices final : public ForwardingRank {
  public:
-  explicit MixedDevices(Communicator& inner) : Communicator(inner.context()), inner_(inner) {}
-  int rank() const override { return inner_.rank(); }
-  int size() const override { return inner_.size(); }
+  using ForwardingRank::ForwardingRank;
   std::string name() const override { return "mixed"; }
   bool has_sum_e4m3() const override { return true; }
   std::string sum_e4m3_refusal() const override { return rank() == 1 ? "it has 8.9" : ""; }
-
- protected:
-  void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) override {
-    inner_.exchange(sends, recvs);
-  }
-  void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
-    inner_.all_gather(send, recv, bytes);
-  }
-
- private:
-  Communicator& inner_;
 };
 
 }  // namespace

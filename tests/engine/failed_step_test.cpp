@@ -6,6 +6,7 @@
 #include "support/catch.hpp"
 #include "support/engine_model.hpp"
 #include "support/errors.hpp"
+#include "support/forwarding_rank.hpp"
 
 namespace octet::test {
 namespace {
@@ -23,25 +24,16 @@ const detail::Backend& counting_backend() {
 }
 
 /// Hands everything on until it is to fail.
-class FailingRank final : public Communicator {
+class FailingRank final : public ForwardingRank {
  public:
-  explicit FailingRank(Communicator& inner) : Communicator(inner.context()), inner_(inner) {}
-  int rank() const override { return inner_.rank(); }
-  int size() const override { return inner_.size(); }
-  std::string name() const override { return inner_.name(); }
+  using ForwardingRank::ForwardingRank;
   bool fails = false;
 
  protected:
   void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) override {
     require(!fails, "the exchange fails");
-    inner_.exchange(sends, recvs);
+    ForwardingRank::do_exchange(sends, recvs);
   }
-  void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
-    inner_.all_gather(send, recv, bytes);
-  }
-
- private:
-  Communicator& inner_;
 };
 
 }  // namespace

@@ -4,11 +4,10 @@
 
 #include <chrono>
 #include <span>
-#include <string>
 #include <thread>
 
-#include "octet/comm/communicator.hpp"
 #include "support/cuda_stream.hpp"
+#include "support/forwarding_rank.hpp"
 
 namespace octet::test {
 
@@ -34,25 +33,19 @@ inline void delay(CUstream_st* stream) {
 }
 
 /// A communicator whose collectives start late.
-class Late final : public Communicator {
+class Late final : public ForwardingRank {
  public:
-  explicit Late(Communicator& inner) : Communicator(inner.context()), inner_(inner) {}
-  int rank() const override { return inner_.rank(); }
-  int size() const override { return inner_.size(); }
-  std::string name() const override { return inner_.name(); }
+  using ForwardingRank::ForwardingRank;
 
  protected:
   void do_exchange(std::span<const SendPart> sends, std::span<const RecvPart> recvs) override {
     delay(context().stream());
-    inner_.exchange(sends, recvs);
+    ForwardingRank::do_exchange(sends, recvs);
   }
   void do_all_gather(const void* send, void* recv, std::size_t bytes) override {
     delay(context().stream());
-    inner_.all_gather(send, recv, bytes);
+    ForwardingRank::do_all_gather(send, recv, bytes);
   }
-
- private:
-  Communicator& inner_;
 };
 
 }  // namespace octet::test
