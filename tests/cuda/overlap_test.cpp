@@ -71,7 +71,7 @@ std::vector<RankResult> train_without_waiting(const RunOptions& options, bool la
       [&](Communicator& inner) {
         Late late(inner);
         Communicator& comm = late_collectives ? static_cast<Communicator&>(late) : inner;
-        const Context ctx = beside(inner.context());
+        const Context ctx = beside(inner);
         std::vector<Buffer> keep;
         Engine engine(ctx, comm, options.config);
         add_parameters(engine, ctx, keep);

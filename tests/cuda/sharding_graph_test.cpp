@@ -134,7 +134,7 @@ EngineConfig config_of(Sharding sharding, bool small, bool offload) {
 
 /// Every sharding on one stream and on two; the first thing that is wrong.
 std::string shardings_difference(Communicator& comm) {
-  const Context apart = beside(comm.context());
+  const Context apart = beside(comm);
   const bool reaches = window_refusal(comm).empty();
   for (int bits = 0; bits < 16; ++bits) {
     const bool two_streams = (bits & 1) != 0, small = (bits & 2) != 0;

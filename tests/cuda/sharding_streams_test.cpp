@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // All shardings with the communicator on a stream of its own: the bits of the CPU, with either
 // stream late. The ranks are threads.
-#include <array>
-
 #include "support/catch.hpp"
 #include "support/late_streams.hpp"
 #include "support/unit_passes.hpp"
@@ -15,15 +13,6 @@ constexpr Sharding kShardings[] = {Sharding::none, Sharding::optimizer, Sharding
 constexpr int kSteps = 3, kMostRanks = 3;
 enum class LateOne { none, compute, collectives };
 
-/// A rank's engine has the same stream in all runs: few streams, so that none shares a hardware
-/// queue with another rank's, whose kernel may wait for it.
-Context engine_context(const Communicator& comm) {
-  static std::array<CUstream_st*, kMostRanks> streams = {};
-  CUstream_st*& stream = streams[static_cast<std::size_t>(comm.rank())];
-  if (stream == nullptr) stream = beside(comm.context()).stream();
-  return Context::cuda(comm.context().device().index, stream);
-}
-
 std::vector<PassesResult> run_on_two_streams(const RunOptions& options, LateOne late) {
   std::vector<PassesResult> results(static_cast<std::size_t>(options.ranks));
   run_ranks(
@@ -32,7 +21,7 @@ std::vector<PassesResult> run_on_two_streams(const RunOptions& options, LateOne 
         Late slow(inner);
         Communicator& comm =
             late == LateOne::collectives ? static_cast<Communicator&>(slow) : inner;
-        const Context ctx = engine_context(inner);
+        const Context ctx = beside(inner);
         PassesRun run(ctx, comm, options);
         results[static_cast<std::size_t>(inner.rank())] = run([&] {
           if (late == LateOne::compute) delay(ctx.stream());

@@ -143,7 +143,7 @@ TEST_CASE("evaluations between replays of captured steps use the weights of eage
   CHECK(run_nccl_ranks(ranks, [&](Communicator& comm) {
           for (int units : {1, 2, 3}) {
             for (bool apart : {false, true}) {
-              const Context ctx = apart ? beside(comm.context()) : comm.context();
+              const Context ctx = apart ? beside(comm) : comm.context();
               const std::string difference = difference_with(ctx, comm, units);
               if (difference.empty()) continue;
               wrong[static_cast<std::size_t>(comm.rank())] +=

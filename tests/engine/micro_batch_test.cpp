@@ -95,7 +95,7 @@ TEST_CASE("micro-batches have the bits of one gradient that is their sum") {
         for (int ranks : {1, 2, 3}) {
           RunOptions options = options_of(c.level, ranks, micro_batches, accumulator);
           check_equal(options, single_of(options));
-          options.engine_context = [](const Context&) { return Context::cpu(); };
+          options.engine_context = [](const Communicator&) { return Context::cpu(); };
           check_equal(options, single_of(options));
         }
       }
@@ -108,7 +108,7 @@ TEST_CASE("a parameter with fewer gradients than micro-batches has the sum of th
     for (bool overlapped : {false, true}) {
       RunOptions options = options_of(Level::O2, 2, 4, accumulator);
       options.steps = 3;
-      if (overlapped) options.engine_context = [](const Context&) { return Context::cpu(); };
+      if (overlapped) options.engine_context = [](const Communicator&) { return Context::cpu(); };
       options.gradient = [](int rank, std::size_t p, int step) {
         // 0 to 4 of the 4, different ones on every rank.
         const std::size_t draw = static_cast<std::size_t>(step / 100 + step + rank) + p;

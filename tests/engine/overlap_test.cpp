@@ -31,7 +31,7 @@ std::vector<std::size_t> random_order(int rank, int step) {
 }
 
 void overlap(RunOptions& options) {
-  options.engine_context = [](const Context&) { return Context::cpu(); };
+  options.engine_context = [](const Communicator&) { return Context::cpu(); };
 }
 
 std::string describe(const RunOptions& options) {

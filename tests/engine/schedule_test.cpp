@@ -67,7 +67,7 @@ void check_schedules(RunOptions options) {
   }
   check_windows(options, after);
   if (options.device != DeviceType::cpu) return;
-  options.engine_context = [](const Context&) { return Context::cpu(); };
+  options.engine_context = [](const Communicator&) { return Context::cpu(); };
   for (Schedule schedule : {Schedule::overlap, Schedule::fused}) {
     options.config.schedule = schedule;
     INFO(name_of(schedule) << ", two contexts");

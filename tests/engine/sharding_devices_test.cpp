@@ -60,7 +60,7 @@ void check_everywhere(RunOptions options, const std::vector<PassesResult>& expec
         options.config.offload_states = way.offload;
         options.config.bucket_elements = way.bucket_elements;
         options.engine_context = {};
-        if (way.apart) options.engine_context = [](const Context&) { return Context::cpu(); };
+        if (way.apart) options.engine_context = [](const Communicator&) { return Context::cpu(); };
         INFO((device == DeviceType::cpu ? "cpu, " : "cuda, ")
              << options.ranks << " ranks, " << name_of(sharding) << ", " << way.name
              << ", means in " << name_of(*options.config.reduced_gradient) << ", micro-batches "

@@ -61,7 +61,7 @@ void check_ways(const RunOptions& options, const std::vector<PassesResult>& expe
   for (auto& each : results) each.resize(static_cast<std::size_t>(ranks));
   std::string refusal;
   const std::string errors = run_nccl_ranks(ranks, [&](Communicator& comm) {
-    const Context apart = beside(comm.context());
+    const Context apart = beside(comm);
     const std::string no_window = window_refusal(comm);
     if (comm.rank() == 0) refusal = no_window;
     for (std::size_t w = 0; w < ways.size(); ++w) {
@@ -131,7 +131,7 @@ constexpr int kSavedAt = 3, kEnd = 5;
 /// step and kept, so that no rank frees any while another waits for it.
 std::string save_by_nccl(const std::string& directory, const EngineConfig& config, int ranks) {
   return run_nccl_ranks(ranks, [&](Communicator& comm) {
-    const Context ctx = beside(comm.context());
+    const Context ctx = beside(comm);
     Engine engine(ctx, comm, config);
     std::vector<Buffer> keep, gradients;
     add_saved_params(engine, ctx, keep);

@@ -67,7 +67,7 @@ void check_gradients(RunOptions options) {
         options.config.windows = windows;
         options.config.bucket_elements = elements;
         options.engine_context = {};
-        if (apart) options.engine_context = [](const Context&) { return Context::cpu(); };
+        if (apart) options.engine_context = [](const Communicator&) { return Context::cpu(); };
         check_equal(options, expected);
       }
     }
@@ -172,7 +172,7 @@ TEST_CASE("gradients may come in another order within two groups, another on eve
     return order;
   };
   for (bool apart : {false, true}) {
-    if (apart) options.engine_context = [](const Context&) { return Context::cpu(); };
+    if (apart) options.engine_context = [](const Communicator&) { return Context::cpu(); };
     check_equal(options, expected);
   }
 }

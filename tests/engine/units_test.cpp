@@ -112,7 +112,7 @@ class Trainer {
 };
 
 Context engine_context(const RunOptions& options, Communicator& comm) {
-  return options.engine_context ? options.engine_context(comm.context()) : comm.context();
+  return options.engine_context ? options.engine_context(comm) : comm.context();
 }
 
 /// The weights of one rank without sharding, after every step.
@@ -166,7 +166,9 @@ void check_equal(const std::vector<RankResult>& results, const std::vector<RankR
   CHECK(first_difference(results[0].norms, expected[0].norms) == "");
 }
 
-const std::function<Context(const Context&)> kApart = [](const Context&) { return Context::cpu(); };
+const std::function<Context(const Communicator&)> kApart = [](const Communicator&) {
+  return Context::cpu();
+};
 
 }  // namespace
 

@@ -68,7 +68,7 @@ struct RunOptions {
   int steps = 4;
   DeviceType device = DeviceType::cpu;
   /// Makes the engine's context beside the communicator's; empty: it is that, with one stream.
-  std::function<Context(const Context&)> engine_context = {};
+  std::function<Context(const Communicator&)> engine_context = {};
   GradientFn gradient = common_gradient;
   /// In which order a rank hands its gradients over; empty: as registered.
   std::function<std::vector<std::size_t>(int rank, int step)> order = {};
@@ -177,8 +177,7 @@ inline RankResult read_back(Engine& engine, const Context& ctx) {
 inline std::vector<RankResult> train(const RunOptions& options) {
   std::vector<RankResult> results(static_cast<std::size_t>(options.ranks));
   const auto run_rank = [&](Communicator& comm) {
-    const Context ctx =
-        options.engine_context ? options.engine_context(comm.context()) : comm.context();
+    const Context ctx = options.engine_context ? options.engine_context(comm) : comm.context();
     Engine engine(ctx, comm, options.config);
     std::vector<Buffer> keep;
     add_parameters(engine, ctx, keep);

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <chrono>
+#include <map>
+#include <mutex>
 #include <span>
 #include <thread>
+#include <utility>
 
 #include "support/cuda_stream.hpp"
 #include "support/forwarding_rank.hpp"
@@ -20,10 +23,19 @@ inline CUstream_st* lasting_stream() {
   return stream;
 }
 
-/// A context on the same device with a stream of its own.
-inline Context beside(const Context& comm) {
-  if (cudaSetDevice(comm.device().index) != cudaSuccess) fail("no device");
-  return Context::cuda(comm.device().index, lasting_stream());
+/// A context on a rank's device with a second stream, the same one in every run of the program. Few
+/// streams, so that none shares a hardware queue with another rank's, whose kernel may wait for it;
+/// and a driver (580.159.04) that has 33 streams on a device, copies between devices, and threads
+/// that ended and had used cudaStreamPerThread, dies in cudaMemcpyAsync or cudaStreamWaitEvent.
+inline Context beside(const Communicator& comm) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, CUstream_st*> streams;
+  const int device = comm.context().device().index;
+  if (cudaSetDevice(device) != cudaSuccess) fail("no device");
+  const std::lock_guard lock(mutex);
+  CUstream_st*& stream = streams[{device, comm.rank()}];
+  if (stream == nullptr) stream = lasting_stream();
+  return Context::cuda(device, stream);
 }
 
 /// Holds up all that is enqueued on a stream from here on.

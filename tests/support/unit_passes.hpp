@@ -173,8 +173,7 @@ inline std::vector<PassesResult> run_passes(const RunOptions& options) {
   run_ranks(
       options.ranks,
       [&](Communicator& comm) {
-        const Context ctx =
-            options.engine_context ? options.engine_context(comm.context()) : comm.context();
+        const Context ctx = options.engine_context ? options.engine_context(comm) : comm.context();
         results[static_cast<std::size_t>(comm.rank())] = run_passes(ctx, comm, options);
       },
       options.device);

@@ -198,7 +198,10 @@ std::unique_ptr<Communicator> make_single(const Context& ctx);
 
 /// Ranks that are threads of this process: for CPUs, for tests and sanitizers, and for several
 /// ranks on one CUDA device. Host threads meet inside each collective; device work is ordered by
-/// events, without synchronisation of the host with the device.
+/// events, without synchronisation of the host with the device. Over several CUDA devices, give the
+/// ranks streams of cudaStreamCreate and not cudaStreamPerThread: with more than 32 streams on a
+/// device, and threads that used theirs and ended, driver 580.159.04 dies in copies between
+/// devices.
 class ThreadGroup {
  public:
   /// `deadline` is how long a rank waits for the others before CommError is thrown.
