@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checkpoints against what the disk and the device give: save_checkpoint() beside plain write(2)
-// and fsync of the same bytes in as many files, in turn and on the same disk; how long training
-// stands still for CheckpointWriter::start() beside the bare copy of the same memory to pinned host
-// memory; loading. The states are those of a GPT after steps with random gradients. Ranks are
-// threads and share the GPUs where there are fewer.
+// and fsync of the same bytes in as many files, in turn and on the same disk; how long
+// CheckpointWriter::start() keeps the stream beside the bare copy of the same memory to pinned host
+// memory, and when it returns; loading. The states are those of a GPT after steps with random
+// gradients. Ranks are threads and share the GPUs where there are fewer.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -66,7 +66,7 @@ struct Result {
   Case c;
   std::int64_t parameters = 0;
   std::uint64_t state_bytes = 0, file_bytes = 0;
-  double plain = 0, save = 0, copy = 0, stall = 0, beside = 0, load = 0;
+  double plain = 0, save = 0, copy = 0, call = 0, stall = 0, beside = 0, load = 0;
 };
 
 std::vector<std::pair<std::string, octet::Shape>> parameters_of(const Options& options) {
@@ -148,7 +148,7 @@ class Rank {
   Result measure(const std::string& directory) {
     Result r;
     r.parameters = engine_.plan().parameters;
-    std::vector<double> plain, save, copy, stall, beside, load;
+    std::vector<double> plain, save, copy, call, stall, beside, load;
     const std::string saved = directory + "/saved";
     octet::CheckpointInfo info;
     octet::CheckpointWriter writer(engine_, comm_, directory + "/beside");
@@ -164,14 +164,20 @@ class Rank {
           save.push_back(time([&] { info = save_checkpoint(engine_, comm_, saved); }));
         }
       }
-      stall.push_back(time([&] { writer.start(); }));
+      stall.push_back(time([&] {
+        const auto begin = Clock::now();
+        writer.start();
+        call.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
+        ctx_.synchronize();  // the next step's kernels would begin here
+      }));
       beside.push_back(time([&] { writer.finish(); }));
       load.push_back(time([&] { load_checkpoint(engine_, comm_, saved); }));
     }
     r.file_bytes = info.bytes + fs::file_size(info.index);
     r.state_bytes = sum_over_ranks(bytes_) + scale_bytes();
     r.plain = median(plain), r.save = median(save), r.copy = median(copy);
-    r.stall = median(stall), r.beside = median(beside), r.load = median(load);
+    r.call = median(call), r.stall = median(stall), r.beside = median(beside),
+    r.load = median(load);
     return r;
   }
 
@@ -271,10 +277,11 @@ double excess(const Result& r) {
 }
 
 void print_row(const Result& r) {
-  std::printf("| %.1f M | %s | %d | %.1f | %.2f %% | %.3f | %.3f | %.2f | %.1f | %.1f | %.2f |\n",
-              static_cast<double>(r.parameters) / 1e6, r.c.formats.c_str(), r.c.ranks,
-              static_cast<double>(r.file_bytes) / 1e6, 100.0 * excess(r), rate(r, r.plain),
-              rate(r, r.save), r.plain / r.save, 1e3 * r.copy, 1e3 * r.stall, rate(r, r.load));
+  std::printf(
+      "| %.1f M | %s | %d | %.1f | %.2f %% | %.3f | %.3f | %.2f | %.1f | %.1f | %.2f | %.2f |\n",
+      static_cast<double>(r.parameters) / 1e6, r.c.formats.c_str(), r.c.ranks,
+      static_cast<double>(r.file_bytes) / 1e6, 100.0 * excess(r), rate(r, r.plain), rate(r, r.save),
+      r.plain / r.save, 1e3 * r.copy, 1e3 * r.stall, 1e3 * r.call, rate(r, r.load));
   std::fflush(stdout);
 }
 
@@ -304,6 +311,7 @@ void write_json(const std::string& path, DeviceType device, const std::vector<Re
     rows.push_back(row_of(r, "save", rate(r, r.save), "GB/s"));
     rows.push_back(row_of(r, "save over write(2)", r.plain / r.save, "1", kSaveTarget, false));
     rows.push_back(row_of(r, "copy to the host", 1e3 * r.copy, "ms"));
+    rows.push_back(row_of(r, "start() returns after", 1e3 * r.call, "ms"));
     rows.push_back(row_of(r, "stall", 1e3 * r.stall, "ms"));
     rows.push_back(row_of(r, "stall over copy", r.stall / r.copy, "1", kStallTarget));
     rows.push_back(row_of(r, "start to finish beside training", 1e3 * (r.stall + r.beside), "ms"));
@@ -338,7 +346,8 @@ int run(Options options) {
   const Removed removed{folder};
   std::printf(
       "| parameters | formats | ranks | MB | beyond states | write(2) GB/s | save GB/s | "
-      "ratio | copy ms | stall ms | load GB/s |\n|---|---|---|---|---|---|---|---|---|---|---|\n");
+      "ratio | copy ms | stall ms | call ms | load GB/s |\n"
+      "|---|---|---|---|---|---|---|---|---|---|---|---|\n");
   std::vector<Result> results;
   for (const std::string& formats : options.formats) {
     for (int ranks : options.ranks) {

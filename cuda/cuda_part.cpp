@@ -19,6 +19,7 @@ const CudaPart& cuda_part() {
       .event_destroy = cuda::event_destroy,
       .event_record = cuda::event_record,
       .event_wait = cuda::event_wait,
+      .event_synchronize = cuda::event_synchronize,
       .capture = cuda::capture,
       .allocate_pinned = cuda::allocate_pinned,
       .deallocate_pinned = cuda::deallocate_pinned,

@@ -40,6 +40,7 @@ struct Backend {
   void (*event_destroy)(const Context&, void* event);
   void (*event_record)(const Context&, void* event);
   void (*event_wait)(const Context&, void* event);
+  void (*event_synchronize)(const Context&, void* event);
   /// A number of the graph that the context's stream is being captured into, another one for every
   /// capture; 0 when it is not.
   std::uint64_t (*capture)(const Context&);

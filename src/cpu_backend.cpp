@@ -17,6 +17,7 @@ const Backend& cpu_backend() {
       .event_destroy = cpu::event_destroy,
       .event_record = cpu::event_record,
       .event_wait = cpu::event_wait,
+      .event_synchronize = cpu::event_synchronize,
       .capture = cpu::capture,
       .allocate_pinned = cpu::allocate,
       .deallocate_pinned = cpu::deallocate,

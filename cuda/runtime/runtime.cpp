@@ -3,6 +3,9 @@
 
 #include <cuda.h>
 
+#include <chrono>
+#include <thread>
+
 #include "cuda/check.hpp"
 
 namespace octet::detail::cuda {
@@ -86,6 +89,21 @@ void event_record(const Context& ctx, void* event) {
 void event_wait(const Context& ctx, void* event) {
   set_device(ctx);
   OCTET_CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), static_cast<cudaEvent_t>(event), 0));
+}
+
+// Of any thread, so another may be capturing a graph meanwhile, which forbids such questions unless
+// this thread says that it takes no part. The thread may wait for long: it sleeps.
+void event_synchronize(const Context& ctx, void* event) {
+  set_device(ctx);
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  OCTET_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  cudaError_t status = cudaErrorNotReady;
+  while ((status = cudaEventQuery(static_cast<cudaEvent_t>(event))) == cudaErrorNotReady) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (cudaPeekAtLastError() == cudaErrorNotReady) cudaGetLastError();
+  check_cuda(status, "cudaEventQuery", __FILE_NAME__, __LINE__);
 }
 
 // The legacy default stream cannot be captured, and asking about it while another stream is would

@@ -16,6 +16,7 @@ void* event_create(const Context& ctx);
 void event_destroy(const Context& ctx, void* event);
 void event_record(const Context& ctx, void* event);
 void event_wait(const Context& ctx, void* event);
+void event_synchronize(const Context& ctx, void* event);
 std::uint64_t capture(const Context& ctx);
 void* allocate_pinned(std::size_t bytes, CUstream_st* stream, void* device_index);
 void deallocate_pinned(void* data, std::size_t bytes, CUstream_st* stream, void* device_index);

@@ -87,20 +87,15 @@ json common_of(const Save& save) {
           {"SaveOptions::metadata", save.options.metadata}};
 }
 
-void require_equal(const std::vector<json>& ranks) {
-  for (std::size_t r = 1; r < ranks.size(); ++r) {
-    for (const auto& field : ranks[0].items()) {
-      if (field.key() == "id") continue;
-      const json& other = ranks[r].at(field.key());
+void require_equal(const std::vector<json>& fragments) {
+  const json& first = fragments[0].at("common");
+  for (std::size_t r = 1; r < fragments.size(); ++r) {
+    for (const auto& field : first.items()) {
+      const json& other = fragments[r].at("common").at(field.key());
       require(other == field.value(), "save_checkpoint: the ranks differ: ", field.key(), " is ",
               field.value().dump(), " on rank 0 and ", other.dump(), " on rank ", r);
     }
   }
-}
-
-std::string random_id() {
-  std::random_device device;
-  return hex_of((std::uint64_t{device()} << 32) | device());
 }
 
 /// A run that went back would have the newest of two histories taken for its own.
@@ -122,7 +117,7 @@ json fragment_of(const Save& save) {
     one["extra"] = part.extra;
     parts.push_back(std::move(one));
   }
-  return {{"bytes", save.file_bytes}, {"parts", std::move(parts)}};
+  return {{"common", common_of(save)}, {"bytes", save.file_bytes}, {"parts", std::move(parts)}};
 }
 
 void add_part(Index& index, const json& part) {
@@ -149,8 +144,8 @@ IndexGradients index_gradients(const GradientFormats& formats) {
           .micro_batches = formats.micro_batches};
 }
 
-Index make_index(const Save& save, const std::vector<std::string>& fragments) {
-  Index index{.id = save.id,
+Index make_index(const Save& save, const std::vector<json>& fragments) {
+  Index index{.id = hex_of(save.id),
               .step = save.step,
               .skipped = save.skipped,
               .level = save.level,
@@ -170,8 +165,8 @@ Index make_index(const Save& save, const std::vector<std::string>& fragments) {
     index.extras.push_back({extra.name, extra.bytes, {}});
   }
   for (int rank = 0; rank < save.ranks; ++rank) {
-    const json fragment = json::parse(fragments[static_cast<std::size_t>(rank)]);
-    index.files.push_back({rank_file_name(save.step, save.id, rank, save.ranks),
+    const json& fragment = fragments[static_cast<std::size_t>(rank)];
+    index.files.push_back({rank_file_name(save.step, hex_of(save.id), rank, save.ranks),
                            fragment.at("bytes").get<std::uint64_t>()});
     for (const json& part : fragment.at("parts")) add_part(index, part);
   }
@@ -198,12 +193,26 @@ void check_files(const std::string& directory, const Index& index) {
 
 }  // namespace
 
-std::string Save::path() const { return path_in(directory, rank_file_name(step, id, rank, ranks)); }
+std::string Save::path() const {
+  return path_in(directory, rank_file_name(step, hex_of(id), rank, ranks));
+}
 
 std::size_t Save::part_bytes() const {
   std::size_t bytes = 0;
   for (const SavePart& part : parts) bytes += part.tensor.bytes;
   return bytes;
+}
+
+std::uint64_t open_directory(const std::string& directory, Communicator& comm) {
+  make_directory(directory);
+  std::string id;
+  if (comm.rank() == 0) {
+    // commit() tries again, and tells what is in the way.
+    (void)problem_of([&] { remove_unused(directory); });
+    std::random_device device;
+    id = std::to_string((std::uint64_t{device()} << 32) | device());
+  }
+  return std::stoull(all_gather_text_sync(comm, id).front());
 }
 
 Save describe_save(Engine& engine, const Communicator& comm, const std::string& directory,
@@ -218,37 +227,19 @@ Save describe_save(Engine& engine, const Communicator& comm, const std::string& 
             .ranks = comm.size()};
   require(engine.plan().ranks == save.ranks, "save_checkpoint: the communicator has ", save.ranks,
           " ranks, the engine ", engine.plan().ranks, "; it must be the engine's");
-  const auto scalars = read_sync<AdamwScalars>(save.state.ctx, save.state.scalars, 1).front();
-  save.step = scalars.step;
-  save.skipped = scalars.skipped;
   list_parts(save);
   return save;
 }
 
-void open_save(Save& save, Communicator& comm) {
+void write_rank_file(Save& save, const AdamwScalars& scalars, const PartSource& source) {
+  save.step = scalars.step;
+  save.skipped = scalars.skipped;
   make_directory(save.directory);
-  if (save.rank == 0) {
-    check_directory(save.directory, save.step);
-    // What saves that died have left may fill the disk. No rank writes before it has heard of this
-    // one. commit() tries again, and tells what is in the way.
-    (void)problem_of([&] { remove_unused(save.directory); });
-  }
-
-  json mine = common_of(save);
-  mine["id"] = random_id();
-  std::vector<json> ranks;
-  for (const std::string& text : all_gather_text_sync(comm, mine.dump())) {
-    ranks.push_back(json::parse(text));
-  }
-  require_equal(ranks);
-  save.id = ranks[0].at("id").get<std::string>();
-}
-
-void write_rank_file(Save& save, const PartSource& source) {
+  if (save.rank == 0) check_directory(save.directory, save.step);
   std::vector<FileTensor> tensors;
   for (const SavePart& part : save.parts) tensors.push_back(part.tensor);
   SafetensorsWriter writer(save.path(), std::move(tensors),
-                           header_metadata(save.step, save.id, save.rank, save.ranks));
+                           header_metadata(save.step, hex_of(save.id), save.rank, save.ranks));
   for (SavePart& part : save.parts) {
     Xxh64 sum;
     for (std::size_t at = 0; at < part.tensor.bytes; at += kWriteBytes) {
@@ -268,7 +259,11 @@ CheckpointInfo commit(Save& save, Communicator& comm, const std::string& problem
   try {
     set_up_together_sync(comm, [&] {
       require(problem.empty(), problem);
-      const auto fragments = all_gather_text_sync(comm, fragment_of(save).dump());
+      std::vector<json> fragments;
+      for (const std::string& text : all_gather_text_sync(comm, fragment_of(save).dump())) {
+        fragments.push_back(json::parse(text));
+      }
+      require_equal(fragments);
       index = make_index(save, fragments);
     });
     set_up_together_sync(comm, [&] {

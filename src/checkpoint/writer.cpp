@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <optional>
 #include <thread>
+#include <utility>
 
 #include "checkpoint/host_buffer.hpp"
 #include "checkpoint/save.hpp"
@@ -15,15 +16,16 @@ namespace {
 // On a CPU the state is where it can be written from; from a device it comes in pieces.
 void write_from_device(Save& save) {
   const Context& ctx = save.state.ctx;
+  const auto scalars = read_sync<AdamwScalars>(ctx, save.state.scalars, 1).front();
   if (ctx.device().type == DeviceType::cpu) {
-    return write_rank_file(save, [](const SavePart& part, std::size_t offset, std::size_t) {
+    return write_rank_file(save, scalars, [](const SavePart& part, std::size_t offset, auto) {
       return static_cast<const std::byte*>(part.data) + offset;
     });
   }
   const Buffer piece = host_buffer(ctx, kCopyBytes);
   const SavePart* holds = nullptr;
   std::size_t from = 0, to = 0;
-  write_rank_file(save, [&](const SavePart& part, std::size_t offset, std::size_t bytes) {
+  write_rank_file(save, scalars, [&](const SavePart& part, std::size_t offset, std::size_t bytes) {
     if (holds != &part || offset + bytes > to) {
       holds = &part;
       from = offset;
@@ -40,37 +42,55 @@ void write_from_device(Save& save) {
 struct CheckpointWriter::Impl {
   Impl(Engine& e, Communicator& c, std::string d) : engine(e), comm(c), directory(std::move(d)) {}
 
-  /// Enqueues the copies.
+  void describe(const SaveOptions& options) {
+    save.emplace(describe_save(engine, comm, directory, options));
+    save->id = first_id.value() + saves;
+  }
+
+  /// Enqueues the copies: the scalars, then the parts.
   void take_snapshot() {
     const Context& ctx = save->state.ctx;
-    const std::size_t bytes = save->part_bytes();
+    const std::size_t bytes = kPartsBegin + save->part_bytes();
     if (snapshot.bytes() < bytes) {
       snapshot = Buffer();  // not both at a time
       snapshot = host_buffer(ctx, bytes);
     }
-    auto* next = snapshot.as<std::byte>();
+    if (!copied.has_value()) copied.emplace(ctx);
+    copy_bytes(ctx, snapshot.data(), save->state.scalars, sizeof(AdamwScalars));
+    std::byte* next = snapshot.as<std::byte>() + kPartsBegin;
     for (SavePart& part : save->parts) {
       if (part.tensor.bytes > 0) copy_bytes(ctx, next, part.data, part.tensor.bytes);
       part.data = next;  // from here on
       next += part.tensor.bytes;
     }
+    copied->record();
   }
 
   void write() {
     problem = problem_of([this] {
-      write_rank_file(*save, [](const SavePart& part, std::size_t offset, std::size_t) {
-        return static_cast<const std::byte*>(part.data) + offset;
-      });
+      copied->synchronize();
+      write_rank_file(*save, *snapshot.as<const AdamwScalars>(),
+                      [](const SavePart& part, std::size_t offset, std::size_t) {
+                        return static_cast<const std::byte*>(part.data) + offset;
+                      });
     });
     writing = false;
   }
 
+  /// Of the snapshot; the bytes before are the scalars'.
+  static constexpr std::size_t kPartsBegin = 256;
+  static_assert(sizeof(AdamwScalars) <= kPartsBegin);
+
   Engine& engine;
   Communicator& comm;
   std::string directory;
-  Buffer snapshot;           ///< host memory
-  std::optional<Save> save;  ///< the one that was started and not finished
-  std::string problem;       ///< what writing it failed with
+  std::optional<std::uint64_t> first_id;  ///< once the directory is open; later saves count on
+  std::uint64_t saves = 0;                ///< started before
+  Buffer snapshot;                        ///< host memory
+  std::optional<Event> copied;
+  bool started = false;      ///< and not finished: all below is of that save
+  std::optional<Save> save;  ///< nothing where it could not be described
+  std::string problem;       ///< what it failed with on this rank
   std::atomic<bool> writing{false};
   std::thread thread;
 };
@@ -88,20 +108,19 @@ CheckpointWriter::~CheckpointWriter() {
 void CheckpointWriter::start(const SaveOptions& options) {
   Impl& w = *impl_;
   finish();
-  try {
-    set_up_together_sync(w.comm, [&] {
-      w.save.emplace(describe_save(w.engine, w.comm, w.directory, options));
-      w.take_snapshot();
-      open_save(*w.save, w.comm);  // looks into the directory while the copies are under way
-      w.save->state.ctx.synchronize();
-    });
-  } catch (...) {
-    w.save.reset();
-    throw;
+  if (!w.first_id.has_value()) {
+    std::uint64_t id = 0;
+    set_up_together_sync(w.comm, [&] { id = open_directory(w.directory, w.comm); });
+    w.first_id = id;
   }
-  w.writing = true;
-  w.problem.clear();
-  const std::string problem = problem_of([&w] { w.thread = std::thread([&w] { w.write(); }); });
+  w.started = true;
+  const std::string problem = problem_of([&] {
+    w.describe(options);
+    w.take_snapshot();
+    w.writing = true;
+    w.thread = std::thread([&w] { w.write(); });
+  });
+  ++w.saves;
   if (w.thread.joinable()) return;
   w.problem = problem;  // finish() tells all ranks
   w.writing = false;
@@ -111,11 +130,11 @@ bool CheckpointWriter::is_writing() const { return impl_->writing; }
 
 std::optional<CheckpointInfo> CheckpointWriter::finish() {
   Impl& w = *impl_;
-  if (!w.save.has_value()) return std::nullopt;
+  if (!std::exchange(w.started, false)) return std::nullopt;
   if (w.thread.joinable()) w.thread.join();
-  Save save = std::move(*w.save);
-  w.save.reset();
-  return commit(save, w.comm, w.problem);
+  std::optional<Save> save = std::exchange(w.save, std::nullopt);
+  if (!save.has_value()) set_up_together_sync(w.comm, [&] { fail(w.problem); });
+  return commit(*save, w.comm, w.problem);
 }
 
 CheckpointInfo save_checkpoint(Engine& engine, Communicator& comm, const std::string& directory,
@@ -123,7 +142,7 @@ CheckpointInfo save_checkpoint(Engine& engine, Communicator& comm, const std::st
   std::optional<Save> save;
   set_up_together_sync(comm, [&] {
     save.emplace(describe_save(engine, comm, directory, options));
-    open_save(*save, comm);
+    save->id = open_directory(directory, comm);
   });
   const std::string problem = problem_of([&] { write_from_device(*save); });
   return commit(*save, comm, problem);

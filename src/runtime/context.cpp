@@ -142,5 +142,6 @@ Event::Event(const Context& ctx) : ctx_(ctx), event_(ctx.state()->backend->event
 Event::~Event() { ctx_.state()->backend->event_destroy(ctx_, event_); }
 void Event::record() { ctx_.state()->backend->event_record(ctx_, event_); }
 void Event::make_wait(const Context& ctx) const { ctx.state()->backend->event_wait(ctx, event_); }
+void Event::synchronize() const { ctx_.state()->backend->event_synchronize(ctx_, event_); }
 
 }  // namespace octet

@@ -29,6 +29,7 @@ void* event_create(const Context&) { return nullptr; }
 void event_destroy(const Context&, void*) {}
 void event_record(const Context&, void*) {}
 void event_wait(const Context&, void*) {}
+void event_synchronize(const Context&, void*) {}
 std::uint64_t capture(const Context&) { return 0; }
 
 void* allocate_mapped(const Context&, std::size_t bytes, void** on_device) {

@@ -14,6 +14,7 @@ void* event_create(const Context& ctx);
 void event_destroy(const Context& ctx, void* event);
 void event_record(const Context& ctx, void* event);
 void event_wait(const Context& ctx, void* event);
+void event_synchronize(const Context& ctx, void* event);
 std::uint64_t capture(const Context& ctx);
 void* allocate_mapped(const Context& ctx, std::size_t bytes, void** on_device);
 void deallocate_mapped(const Context& ctx, void* data);

@@ -18,17 +18,13 @@ namespace {
 constexpr int kKills = 200;
 constexpr const char* kVariable = "OCTET_TEST_CHECKPOINTS";
 
-EngineConfig config() {
-  return {.level = Level::O3, .adamw = {.weight_decay = 0.1f, .seed = 5}, .bucket_elements = 20000};
-}
-
 }  // namespace
 
 // Goes on from the last checkpoint and saves for ever, in both ways.
 TEST_CASE("saves until it is killed", "[.]") {
   const char* const directory = std::getenv(kVariable);
   REQUIRE(directory != nullptr);
-  run_leg({.config = config(), .ranks = 2, .before = [&](Engine& engine, Communicator& comm) {
+  run_leg({.config = saved_config(), .ranks = 2, .before = [&](Engine& engine, Communicator& comm) {
              std::int64_t step = 0;
              if (!checkpoint_steps(directory).empty()) {
                step = load_checkpoint(engine, comm, directory).step;
@@ -51,7 +47,7 @@ TEST_CASE("a checkpoint survives kill -9 at any moment") {
   const std::string directory = folder.file("run");
   const Context ctx = Context::cpu();
   const auto comm = make_single(ctx);
-  Engine engine(ctx, *comm, config()), twin(ctx, *comm, config());
+  Engine engine(ctx, *comm, saved_config()), twin(ctx, *comm, saved_config());
   std::vector<Buffer> keep;
   add_saved_params(engine, ctx, keep);
   add_saved_params(twin, ctx, keep);

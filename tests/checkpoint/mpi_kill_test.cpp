@@ -27,13 +27,9 @@ constexpr const char* kFolder = "OCTET_TEST_FOLDER";
 constexpr const char* kDelay = "OCTET_TEST_DELAY";
 constexpr int kTogether = 3;
 
-EngineConfig config() {
-  return {.level = Level::O3, .adamw = {.weight_decay = 0.1f, .seed = 5}, .bucket_elements = 20000};
-}
-
 void save_for_ever(Communicator& comm, const std::string& directory) {
   const Context ctx = comm.context();
-  Engine engine(ctx, comm, config());
+  Engine engine(ctx, comm, saved_config());
   std::vector<Buffer> keep;
   add_saved_params(engine, ctx, keep);
   engine.freeze();
@@ -93,11 +89,15 @@ Job run_job(const std::string& directory, const char* delay, bool survives) {
 void check_loads(const std::string& directory) {
   const std::int64_t step = read_checkpoint_info(directory).step;
   const int end = static_cast<int>(step);
-  const LegResult whole = run_leg({.config = config(), .ranks = 2, .end = end});
-  const LegResult loaded = run_leg(
-      {.config = config(), .ranks = 2, .begin = end, .end = end, .before = [&](Engine& e, auto& c) {
-         require(load_checkpoint(e, c, directory).step == step, "another step");
-       }});
+  const LegResult whole = run_leg({.config = saved_config(), .ranks = 2, .end = end});
+  const LegResult loaded =
+      run_leg({.config = saved_config(),
+               .ranks = 2,
+               .begin = end,
+               .end = end,
+               .before = [&](Engine& e, auto& c) {
+                 require(load_checkpoint(e, c, directory).step == step, "another step");
+               }});
   for (std::size_t r = 0; r < 2; ++r) {
     REQUIRE(first_difference(loaded.after[r], whole.after[r]) == "");
   }
@@ -156,7 +156,7 @@ TEST_CASE(
   CHECK(checkpoint_steps(directory) == std::vector<std::int64_t>{1});
   CHECK(files_in(directory) > 1 + kTogether);
   check_loads(directory);
-  run_leg({.config = config(), .ranks = 2, .before = [&](Engine& engine, Communicator& comm) {
+  run_leg({.config = saved_config(), .ranks = 2, .before = [&](Engine& engine, Communicator& comm) {
              load_checkpoint(engine, comm, directory);
              save_checkpoint(engine, comm, directory);
            }});

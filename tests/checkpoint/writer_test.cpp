@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Saving: beside training, what stays in the directory, what the caller adds, what is refused.
+// Saving: beside training, what stays in the directory, what the caller adds.
 #include <sys/resource.h>
 
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <set>
 
 #include "octet/checkpoint/safetensors.hpp"
@@ -20,37 +21,6 @@ namespace octet::test {
 namespace {
 
 namespace fs = std::filesystem;
-
-EngineConfig config() {
-  return {.level = Level::O3, .adamw = {.weight_decay = 0.1f, .seed = 5}, .bucket_elements = 20000};
-}
-
-std::set<std::string> names_in(const std::string& directory) {
-  std::set<std::string> names;
-  for (const auto& entry : fs::directory_iterator(directory)) {
-    names.insert(entry.path().filename().string());
-  }
-  return names;
-}
-
-/// A trained engine of one rank.
-struct Trained {
-  explicit Trained(int until = 2) {
-    add_saved_params(engine, ctx, keep);
-    engine.freeze();
-    go_on(until);
-  }
-  void go_on(int until) {
-    while (steps < until) take_step(engine, ctx, ++steps, 0, true);
-  }
-  Bytes held() { return held_bytes(engine, ctx); }
-
-  Context ctx = Context::cpu();
-  std::unique_ptr<Communicator> comm = make_single(ctx);
-  Engine engine{ctx, *comm, config()};
-  std::vector<Buffer> keep;
-  int steps = 0;
-};
 
 /// Of all tensors of all files of a directory, without the names of the files.
 std::map<std::string, std::string> tensors_in(const std::string& directory) {
@@ -74,7 +44,7 @@ TEST_CASE("what is written beside training is what the engine was when it began"
     for (int ranks : {1, 3}) {
       const Folder folder;
       const std::string at_once = folder.file("at once"), beside = folder.file("beside");
-      LegResult moved = run_leg({.config = config(),
+      LegResult moved = run_leg({.config = saved_config(),
                                  .ranks = ranks,
                                  .end = 2,
                                  .device = device,
@@ -92,7 +62,7 @@ TEST_CASE("what is written beside training is what the engine was when it began"
       CHECK(tensors_in(beside) == tensors_in(at_once));
       CHECK(checkpoint_steps(beside) == std::vector<std::int64_t>{2});
       const LegResult same =
-          run_leg({.config = config(), .ranks = ranks, .end = 3, .device = device});
+          run_leg({.config = saved_config(), .ranks = ranks, .end = 3, .device = device});
       CHECK(moved.after == same.after);  // saving changes nothing
     }
   }
@@ -184,32 +154,18 @@ TEST_CASE("litter is gone before a save takes room, and what cannot be removed i
   CHECK(names_in(directory).size() == 2);
 }
 
-TEST_CASE("where the index cannot be written no rank leaves its file") {
-  const Folder folder;
-  const std::string directory = folder.file("run"),
-                    stubborn = directory + "/octet-00000002.json.tmp";
-  fs::create_directories(stubborn + "/full");
-  std::vector<std::string> errors(3);
-  run_leg(
-      {.config = config(), .ranks = 3, .end = 2, .after = [&](Engine& engine, Communicator& comm) {
-         errors[static_cast<std::size_t>(comm.rank())] =
-             error_of([&] { save_checkpoint(engine, comm, directory); });
-       }});
-  for (const std::string& error : errors) CHECK(missing(error, {"rank 0", stubborn}) == "");
-  CHECK(names_in(directory).size() == 1);
-}
-
 TEST_CASE("ranks that cannot open all that they need change nothing") {
   const Folder folder;
   const std::string directory = folder.file("run");
-  run_leg({.config = config(), .ranks = 4, .end = 2, .after = [&](Engine& engine, auto& comm) {
-             save_checkpoint(engine, comm, directory);
-           }});
+  run_leg(
+      {.config = saved_config(), .ranks = 4, .end = 2, .after = [&](Engine& engine, auto& comm) {
+         save_checkpoint(engine, comm, directory);
+       }});
   rlimit old{};
   getrlimit(RLIMIT_NOFILE, &old);
   const auto open_now = static_cast<rlim_t>(
       std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator()));
-  EngineConfig whole = config();
+  EngineConfig whole = saved_config();
   whole.sharding = Sharding::none;  // every rank reads every file
   whole.reduced_gradient = DType::e4m3;
   int refused = 0;
@@ -247,52 +203,6 @@ TEST_CASE("a save that is never finished is no checkpoint, and leaves nothing") 
   CHECK(names_in(directory).empty());
 }
 
-TEST_CASE("a disk that is full fails the save on every rank and keeps the checkpoint before") {
-  const Folder folder;
-  const std::string directory = folder.file("run");
-  std::vector<std::string> errors(6);
-  std::set<std::string> before;
-  const auto with_small_files = [&](const std::function<void()>& work) {
-    rlimit old{};
-    getrlimit(RLIMIT_FSIZE, &old);
-    const rlimit small{.rlim_cur = 20000, .rlim_max = old.rlim_max};
-    signal(SIGXFSZ, SIG_IGN);
-    setrlimit(RLIMIT_FSIZE, &small);
-    work();
-    setrlimit(RLIMIT_FSIZE, &old);
-  };
-  const LegResult whole = run_leg(
-      {.config = config(), .ranks = 3, .end = 2, .after = [&](Engine& engine, Communicator& comm) {
-         save_checkpoint(engine, comm, directory);
-       }});
-  before = names_in(directory);
-  with_small_files([&] {
-    run_leg({.config = config(),
-             .ranks = 3,
-             .end = 3,
-             .after = [&](Engine& engine, Communicator& comm) {
-               const auto rank = static_cast<std::size_t>(comm.rank());
-               errors[rank] = error_of([&] { save_checkpoint(engine, comm, directory); });
-               CheckpointWriter writer(engine, comm, directory);
-               writer.start();
-               errors[3 + rank] = error_of([&] { writer.finish(); });
-               require(error_of([&] { writer.finish(); }) == "no error", "it was over");
-             }});
-  });
-  for (const std::string& error : errors) {
-    CHECK(missing(error, {"rank ", directory, "octet-00000003", "written"}) == "");
-  }
-  CHECK(names_in(directory) == before);
-  const LegResult loaded = run_leg({.config = config(),
-                                    .ranks = 3,
-                                    .begin = 2,
-                                    .end = 2,
-                                    .before = [&](Engine& engine, Communicator& comm) {
-                                      load_checkpoint(engine, comm, directory);
-                                    }});
-  CHECK(loaded.after == whole.after);
-}
-
 TEST_CASE("the caller's buffers come back to every rank") {
   for (DeviceType device : rank_devices()) {
     const Folder folder;
@@ -314,7 +224,7 @@ TEST_CASE("the caller's buffers come back to every rank") {
       DelayedScaling delayed;
       AutoScale mu;
     };
-    run_leg({.config = config(),
+    run_leg({.config = saved_config(),
              .ranks = 3,
              .end = 1,
              .device = device,
@@ -328,7 +238,7 @@ TEST_CASE("the caller's buffers come back to every rank") {
                save_checkpoint(engine, comm, directory, {.extras = recipe.extras()});
              }});
     for (int ranks : {2, 3, 5}) {
-      run_leg({.config = config(),
+      run_leg({.config = saved_config(),
                .ranks = ranks,
                .device = device,
                .before = [&](Engine& engine, Communicator& comm) {
@@ -377,72 +287,6 @@ TEST_CASE("a directory is made where the path leads, over links too") {
   CHECK(!fs::exists(folder.file("beside")));
   CHECK(missing(error_of([&] { save_checkpoint(run.engine, *run.comm, ""); }), {"empty name"}) ==
         "");
-}
-
-TEST_CASE("saves that cannot be right are refused") {
-  const Folder folder;
-  const std::string directory = folder.file("run");
-  Trained run;
-  int word = 0;
-  const auto error = [&](const SaveOptions& options) {
-    return error_of([&] { save_checkpoint(run.engine, *run.comm, directory, options); });
-  };
-  CHECK(missing(error({.keep = 0}), {"SaveOptions::keep is 0"}) == "");
-  CHECK(missing(error({.extras = {{"", &word, 4}}}), {"extras", "no name"}) == "");
-  CHECK(missing(error({.extras = {{"a", &word, 4}, {"a", &word, 4}}}), {"extras", "\"a\""}) == "");
-  CHECK(missing(error({.extras = {{"\xFF", &word, 4}}}), {"SaveOptions::extras", "UTF-8"}) == "");
-  CHECK(missing(error({.extras = {{"a", nullptr, 4}}}), {"extras", "\"a\"", "null"}) == "");
-  CHECK(missing(error({.metadata = {{"key", "\xFF"}}}), {"metadata", "UTF-8"}) == "");
-  CHECK(checkpoint_steps(directory).empty());
-  std::ofstream(folder.file("file")) << "x";
-  CHECK(missing(error_of([&] { save_checkpoint(run.engine, *run.comm, folder.file("file")); }),
-                {folder.file("file")}) == "");
-  CHECK(missing(error_of([&] { load_checkpoint(run.engine, *run.comm, folder.file("none")); }),
-                {folder.file("none"), "no complete checkpoint"}) == "");
-
-  const std::vector<SavedParam> params = saved_params();
-  const Buffer gradient = upload(run.ctx, leg_gradient(1, params[1].shape, 1, 0, true));
-  run.engine.add_gradient({1}, view_of(run.ctx, gradient, DType::f32, params[1].shape));
-  CHECK(missing(error({}), {"\"bias\"", "1 gradient"}) == "");
-  CHECK(checkpoint_steps(directory).empty());
-}
-
-TEST_CASE("ranks that save different things all learn of it") {
-  const Folder folder;
-  const auto errors_of = [&](auto options_of, auto directory_of) {
-    std::vector<std::string> errors(3);
-    run_leg({.config = config(),
-             .ranks = 3,
-             .end = 1,
-             .after = [&](Engine& engine, Communicator& comm) {
-               const int rank = comm.rank();
-               errors[static_cast<std::size_t>(rank)] = error_of(
-                   [&] { save_checkpoint(engine, comm, directory_of(rank), options_of(rank)); });
-             }});
-    CHECK(errors[1] == errors[0]);
-    CHECK(errors[2] == errors[0]);
-    return errors[0];
-  };
-  const auto one_directory = [&](int) { return folder.file("run"); };
-  CHECK(missing(errors_of(
-                    [](int rank) {
-                      return SaveOptions{.metadata = {{"p", rank == 2 ? "1" : "0"}}};
-                    },
-                    one_directory),
-                {"metadata", "rank 0", "rank 2"}) == "");
-  CHECK(missing(errors_of([](int rank) { return SaveOptions{.keep = 1 + rank}; }, one_directory),
-                {"keep", "rank 1"}) == "");
-  CHECK(missing(errors_of([](int rank) { return SaveOptions{.keep = rank}; }, one_directory),
-                {"rank 0", "keep is 0"}) == "");
-  const auto no_options = [](int) { return SaveOptions{}; };
-  CHECK(missing(
-            errors_of(no_options,
-                      [&](int rank) { return rank == 1 ? "/proc/none/run" : folder.file("run"); }),
-            {"rank 1", "/proc/none"}) == "");
-  CHECK(missing(errors_of(no_options, [&](int rank) { return folder.file(rank == 1 ? "a" : "b"); }),
-                {"rank-00001-of-00003", "one directory"}) == "");
-  CHECK(checkpoint_steps(folder.file("run")).empty());
-  CHECK(checkpoint_steps(folder.file("b")).empty());
 }
 
 }  // namespace octet::test

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,10 @@ inline std::vector<SavedParam> even_params() {
   params[0].shape = {304, 97};
   params[2].shape = {144, 131};
   return params;
+}
+
+inline EngineConfig saved_config() {
+  return {.level = Level::O3, .adamw = {.weight_decay = 0.1f, .seed = 5}, .bucket_elements = 20000};
 }
 
 using Bytes = std::vector<std::uint8_t>;
@@ -113,6 +118,25 @@ inline Bytes held_bytes(Engine& engine, const Context& ctx) {
   engine.release(0);
   return all;
 }
+
+/// A trained engine of one rank.
+struct Trained {
+  explicit Trained(int until = 2, const Context& c = Context::cpu()) : ctx(c) {
+    add_saved_params(engine, ctx, keep);
+    engine.freeze();
+    go_on(until);
+  }
+  void go_on(int until) {
+    while (steps < until) take_step(engine, ctx, ++steps, 0, true);
+  }
+  Bytes held() { return held_bytes(engine, ctx); }
+
+  Context ctx;
+  std::unique_ptr<Communicator> comm = make_single(ctx);
+  Engine engine{ctx, *comm, saved_config()};
+  std::vector<Buffer> keep;
+  int steps = 0;
+};
 
 /// A run of some ranks from one step to another.
 struct Leg {

@@ -7,8 +7,9 @@
 //   octet-S.json                                 the index, whose appearance is the commit
 // Arrays lie in the files as the engine stores them, quantised bytes and scales, and no element
 // twice. The index has the step, the configuration, and for every array its ranges of elements with
-// file, tensor and checksum (XXH64), and a checksum of itself. ID is random for every save and
-// stands in every file, so that files of two saves are never taken for one checkpoint.
+// file, tensor and checksum (XXH64), and a checksum of itself. ID is a random number
+// for every save (a CheckpointWriter counts on from its first) and stands in every file, so that
+// files of two saves are never taken for one checkpoint.
 #pragma once
 
 #include <cstdint>
@@ -77,16 +78,17 @@ std::vector<std::int64_t> checkpoint_steps(const std::string& directory);
 CheckpointInfo read_checkpoint_info(const std::string& directory,
                                     std::optional<std::int64_t> step = {});
 
-/// Saves what the engine is between two steps, from a copy in host memory while training goes on.
-/// The engine and the communicator must outlive it. All ranks make the same calls, in the thread
-/// that the communicator belongs to, between step() and the next add_gradient().
+/// Saves what the engine is between two steps, from a copy in host memory while training goes on:
+/// the engine's stream is busy for the copy, and nothing waits. The engine and the communicator
+/// must outlive it. All ranks make the same calls, in the thread that the communicator belongs to,
+/// between step() and the next add_gradient().
 ///
 /// At any moment, and whichever ranks die, the directory holds the last complete checkpoint: files
 /// are written under temporary names, flushed and renamed; finish() has all ranks meet, and only
 /// when the files of all are on the disk rank 0 puts the index in place, flushes the directory and
-/// removes what `keep` does not keep. What saves that died have left behind goes before a save
-/// begins, so that it takes no room. A directory belongs to one run and one writer at a time: two
-/// would take one another's files for such. A step that is saved again replaces the earlier
+/// removes what `keep` does not keep. What saves that died have left behind goes before the first
+/// save begins, so that it takes no room. A directory belongs to one run and one writer at a time:
+/// two would take one another's files for such. A step that is saved again replaces the earlier
 /// checkpoint of it.
 ///
 /// Ranks wait for the slowest disk within the communicator's deadline: a rank whose file takes
@@ -99,20 +101,23 @@ class CheckpointWriter {
   CheckpointWriter(const CheckpointWriter&) = delete;
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
-  /// Copies this rank's part of the state to the host, waits for that, and has a thread write it.
-  /// States that are in host memory (EngineConfig::offload_states) are copied, too, because steps
-  /// change them, and by the calling thread.
-  /// Finishes an earlier save first. Host memory (pinned on CUDA) is taken at the first call and
-  /// kept. Throws on every rank: octet::Error for options out of range, gradients that wait for a
-  /// step, options or steps that differ between ranks, a later step in the directory, and what
-  /// finish() throws.
+  /// Enqueues the copy of this rank's part of the state to the host, and has a thread write it once
+  /// it is there. States that are in host memory (EngineConfig::offload_states) are copied, too,
+  /// because steps change them, and by the calling thread, which waits for the stream.
+  /// Finishes an earlier save first. The first call makes the directory, waits for the stream and
+  /// the other ranks, and takes host memory (pinned on CUDA), which is kept; later ones wait for
+  /// nothing. Throws on every rank octet::Error for a directory that cannot be made, and what
+  /// finish() throws of the earlier save. All else that is wrong finish() tells: no rank knows
+  /// before that whether the others have begun.
   void start(const SaveOptions& options = {});
   /// Whether this rank's thread is still at work; finish() would wait for it, and for other ranks.
   bool is_writing() const;
   /// Waits for this rank's file and for the other ranks, and makes the checkpoint complete. Nothing
   /// when none was started. When one rank has failed every rank throws its octet::Error, and there
-  /// is no checkpoint (unless all that failed is the last flush of the directory). What cannot be
-  /// removed is no failure: CheckpointInfo::not_removed.
+  /// is no checkpoint (unless all that failed is the last flush of the directory): options out of
+  /// range, gradients that waited for a step, options or steps that differ between ranks, a later
+  /// step in the directory, no memory, a full disk. What cannot be removed is no failure:
+  /// CheckpointInfo::not_removed.
   std::optional<CheckpointInfo> finish();
 
  private:
@@ -120,7 +125,8 @@ class CheckpointWriter {
   std::unique_ptr<Impl> impl_;
 };
 
-/// start() and finish() in one, without the copy: the state goes to the disk in pieces.
+/// start() and finish() in one, without the copy: the state goes to the disk in pieces. Waits for
+/// the stream.
 CheckpointInfo save_checkpoint(Engine& engine, Communicator& comm, const std::string& directory,
                                const SaveOptions& options = {});
 

@@ -103,6 +103,9 @@ class Event {
   void record();
   /// Makes `ctx`'s stream wait for the last record(); the host does not wait.
   void make_wait(const Context& ctx) const;
+  /// The calling thread, which may be any, sleeps until the last record() is reached. Throws
+  /// octet::Error when work before it has failed.
+  void synchronize() const;
 
  private:
   Context ctx_;
