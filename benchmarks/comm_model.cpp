@@ -132,7 +132,7 @@ void CommModel::add_send_receive() {
 void CommModel::add_window() {
   const std::size_t scale_bytes = (shapes_.size() * sizeof(TensorScale) + 255) / 256 * 256;
   octet::WindowOffer offer =
-      rank_.comm.make_window(scale_bytes + 2 * static_cast<std::size_t>(elements_));
+      rank_.comm.make_window(scale_bytes + 3 * static_cast<std::size_t>(elements_));
   no_windows_ = offer.refusal;
   if (offer.window == nullptr) return;
   window_ = std::move(offer.window);

@@ -25,13 +25,12 @@ const char* name_of(Path path) { return path == Path::sharded ? "sharded" : "two
 std::vector<MeanResult> reduce(const MeanCase& bucket, Path path, DeviceType device,
                                std::size_t shift = 0, int runs = 1) {
   std::vector<MeanResult> results(at(bucket.ranks()));
-  run_ranks(
-      bucket.ranks(),
-      [&](Communicator& comm) {
-        BucketWindow window(comm, bucket, shift);
-        results[at(comm.rank())] = reduce_on_rank(comm, bucket, path, runs, &window);
-      },
-      device);
+  run_ranks(bucket.ranks(),
+            [&](Communicator& comm) {
+              BucketWindow window(comm, bucket, shift);
+              results[at(comm.rank())] = reduce_on_rank(comm, bucket, path, runs, &window);
+            },
+            {device, true});
   return results;
 }
 
@@ -147,7 +146,7 @@ TEST_CASE("a kernel whose peers do not come gives up at the deadline and says wh
           seconds[at(comm.rank())] =
               std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
         },
-        device, 700ms);
+        {device, true}, 700ms);
     CAPTURE(name_of(device));
     CHECK(missing(failures[0], {"two_shot of bucket 4", "on rank 0 of 3",
                                 "rank 1 did not come to the kernel within 700 ms"}) == "");

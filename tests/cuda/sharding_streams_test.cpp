@@ -27,11 +27,12 @@ std::vector<PassesResult> run_on_two_streams(const RunOptions& options, LateOne 
           if (late == LateOne::compute) delay(ctx.stream());
         });
       },
-      DeviceType::cuda);
+      options.rank_devices());
   return results;
 }
 
 void check_shardings(RunOptions options, const std::vector<PassesResult>& expected) {
+  options.device = DeviceType::cuda;
   for (Sharding sharding : kShardings) {
     if (sharding == Sharding::none && options.config.reduced_gradient == DType::f32) continue;
     for (bool windows : {false, true}) {

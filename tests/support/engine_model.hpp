@@ -75,6 +75,8 @@ struct RunOptions {
   float lr = 1e-3f;
   float max_norm = 0.0f;
   int clip_every = 1;  ///< every so many steps one clips
+
+  RankDevices rank_devices() const { return {device, config.windows.value_or(false)}; }
 };
 
 using Bytes = std::vector<std::uint8_t>;
@@ -202,7 +204,7 @@ inline std::vector<RankResult> train(const RunOptions& options) {
     result.norms = norms;
     result.payload_per_step = payload;
   };
-  run_ranks(options.ranks, run_rank, options.device);
+  run_ranks(options.ranks, run_rank, options.rank_devices());
   return results;
 }
 

@@ -18,10 +18,18 @@ namespace octet::test {
 /// without a CUDA header in the tests.
 inline CUstream_st* per_thread_stream() { return reinterpret_cast<CUstream_st*>(0x2); }
 
-/// A context for one rank, to be made on the rank's thread. Ranks share GPUs when there are fewer.
-inline Context rank_context(DeviceType device, int rank) {
-  if (device == DeviceType::cpu) return Context::cpu();
-  return Context::cuda(rank % cuda_device_count(), per_thread_stream());
+/// Where ranks are: on the CPU, or on all GPUs in turn, or on the first one together, because ranks
+/// that are threads have windows within one device only.
+struct RankDevices {
+  RankDevices(DeviceType t, bool is_one = false) : type(t), one(is_one) {}
+  DeviceType type;
+  bool one;
+};
+
+/// A context for one rank, to be made on the rank's thread.
+inline Context rank_context(const RankDevices& devices, int rank) {
+  if (devices.type == DeviceType::cpu) return Context::cpu();
+  return Context::cuda(devices.one ? 0 : rank % cuda_device_count(), per_thread_stream());
 }
 
 /// The kinds of device that ranks can run on here: the CPU always.
@@ -35,7 +43,7 @@ inline std::vector<DeviceType> rank_devices() {
 /// all. The first exception aborts the group, so that nobody hangs, and is rethrown here. Catch's
 /// assertions are not thread-safe: fn leaves results behind, the caller checks them.
 template <class Fn>
-void run_ranks(int n, const Fn& fn, DeviceType device = DeviceType::cpu,
+void run_ranks(int n, const Fn& fn, const RankDevices& devices = DeviceType::cpu,
                std::chrono::milliseconds deadline = std::chrono::seconds(60)) {
   ThreadGroup group(n, deadline);
   std::mutex mutex;
@@ -49,7 +57,7 @@ void run_ranks(int n, const Fn& fn, DeviceType device = DeviceType::cpu,
     // Outside the try block: what the rank leaves the group for must be known before it leaves.
     std::unique_ptr<Communicator> comm;
     try {
-      comm = group.join(rank, rank_context(device, rank));
+      comm = group.join(rank, rank_context(devices, rank));
       fn(*comm);
     } catch (const std::exception& error) {
       keep_first(rank, error.what());

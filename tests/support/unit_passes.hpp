@@ -176,7 +176,7 @@ inline std::vector<PassesResult> run_passes(const RunOptions& options) {
         const Context ctx = options.engine_context ? options.engine_context(comm) : comm.context();
         results[static_cast<std::size_t>(comm.rank())] = run_passes(ctx, comm, options);
       },
-      options.device);
+      options.rank_devices());
   return results;
 }
 
