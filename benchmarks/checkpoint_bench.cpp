@@ -15,16 +15,15 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "build_info.hpp"
 #include "command_line.hpp"
 #include "octet/octet.hpp"
+#include "thread_ranks.hpp"
 
 namespace {
 
@@ -241,30 +240,10 @@ class Rank {
 Result measure(const Options& options, const Case& c, DeviceType device,
                const std::string& directory) {
   Result result;
-  octet::ThreadGroup group(c.ranks);
-  std::mutex mutex;
-  std::exception_ptr failure;
-  const auto run_rank = [&](int rank) {
-    std::unique_ptr<octet::Communicator> comm;
-    try {
-      const octet::Context ctx =
-          device == DeviceType::cpu
-              ? octet::Context::cpu()
-              : octet::Context::cuda(rank % octet::cuda_device_count(), nullptr);
-      comm = group.join(rank, ctx);
-      const Result r = Rank(options, c, *comm).measure(directory);
-      if (rank == 0) result = r;
-    } catch (const std::exception&) {
-      const std::lock_guard lock(mutex);
-      if (!failure) failure = std::current_exception();
-      group.abort("rank " + std::to_string(rank) + " has failed");
-    }
-  };
-  {
-    std::vector<std::jthread> threads;
-    for (int rank = 0; rank < c.ranks; ++rank) threads.emplace_back(run_rank, rank);
-  }
-  if (failure) std::rethrow_exception(failure);
+  bench::run_ranks(c.ranks, device, [&](octet::Communicator& comm) {
+    const Result r = Rank(options, c, comm).measure(directory);
+    if (comm.rank() == 0) result = r;
+  });
   result.c = c;
   return result;
 }

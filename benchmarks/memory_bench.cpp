@@ -8,19 +8,16 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
 #include <fstream>
-#include <memory>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "build_info.hpp"
 #include "command_line.hpp"
 #include "octet/octet.hpp"
+#include "thread_ranks.hpp"
 
 namespace {
 
@@ -110,11 +107,6 @@ void repeat_block(const octet::Context& ctx, const octet::TensorView& block, std
   }
 }
 
-octet::Context make_context(DeviceType device, int rank) {
-  if (device == DeviceType::cpu) return octet::Context::cpu();
-  return octet::Context::cuda(rank % octet::cuda_device_count(), nullptr);
-}
-
 /// A forward and a backward pass as far as weights and gradients go.
 void pass_through(octet::Engine& engine, const std::vector<Parameter>& parameters,
                   const std::vector<octet::ParamId>& ids, const octet::TensorView& gradient) {
@@ -144,12 +136,13 @@ std::uint64_t planned_wire(const octet::Plan& plan) {
   return bytes;
 }
 
-RankBytes measure_rank(const Case& c, const octet::Context& ctx, octet::Communicator& comm,
-                       const octet::Context& trainer) {
+RankBytes measure_rank(const Case& c, octet::Communicator& comm) {
+  const octet::Context ctx = comm.context();
+  // The trainer's own memory is in a context of its own, so that it is not counted.
+  const octet::Context trainer = bench::rank_context(ctx.device().type, comm.rank());
   const std::vector<Parameter> parameters = parameters_of(c.size);
   std::int64_t largest = 0;
   for (const Parameter& p : parameters) largest = std::max(largest, p.shape.numel());
-  // The trainer's own memory is in a context of its own, so that it is not counted.
   const octet::Buffer values = octet::upload_sync<float>(trainer, random_block());
   const octet::TensorView block{values.data(), DType::f32, {kBlock}, trainer.device()};
   const octet::Tensor narrow(trainer, DType::bf16, {kBlock});
@@ -193,28 +186,9 @@ RankBytes measure_rank(const Case& c, const octet::Context& ctx, octet::Communic
 
 std::vector<RankBytes> measure(const Case& c, DeviceType device) {
   std::vector<RankBytes> results(static_cast<std::size_t>(c.ranks));
-  octet::ThreadGroup group(c.ranks);
-  std::mutex mutex;
-  std::exception_ptr failure;
-  const auto run_rank = [&](int rank) {
-    // Outside the try block: the others must not see this rank leave before they know why.
-    std::unique_ptr<octet::Communicator> comm;
-    try {
-      const octet::Context ctx = make_context(device, rank);
-      comm = group.join(rank, ctx);
-      results[static_cast<std::size_t>(rank)] =
-          measure_rank(c, ctx, *comm, make_context(device, rank));
-    } catch (const std::exception&) {
-      const std::lock_guard lock(mutex);
-      if (!failure) failure = std::current_exception();
-      group.abort("rank " + std::to_string(rank) + " has failed");
-    }
-  };
-  {
-    std::vector<std::jthread> threads;
-    for (int rank = 0; rank < c.ranks; ++rank) threads.emplace_back(run_rank, rank);
-  }
-  if (failure) std::rethrow_exception(failure);
+  bench::run_ranks(c.ranks, device, [&](octet::Communicator& comm) {
+    results[static_cast<std::size_t>(comm.rank())] = measure_rank(c, comm);
+  });
   return results;
 }
 

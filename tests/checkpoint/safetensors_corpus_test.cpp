@@ -1,27 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fuzzer's corpus and changes of it, in every build: no crash, nothing but octet::Error.
-#include <algorithm>
-#include <filesystem>
-#include <set>
-#include <vector>
-
+#include "fuzz/corpus.hpp"
 #include "fuzz/safetensors_input.hpp"
-#include "support/catch.hpp"
 #include "support/errors.hpp"
-#include "support/folder.hpp"
-#include "support/random.hpp"
 
 using namespace octet;
 using namespace octet::test;
 
 namespace {
-
-std::vector<std::filesystem::path> corpus() {
-  std::vector<std::filesystem::path> files;
-  for (const auto& file : std::filesystem::directory_iterator(CORPUS)) files.push_back(file.path());
-  std::sort(files.begin(), files.end());
-  return files;
-}
 
 /// A whole file of a few tensors, all of whose bytes but the data and padding mean something.
 std::string valid_file() {
@@ -42,20 +28,11 @@ TEST_CASE("The corpus is replayed: what is valid passes, nothing else does") {
                                        "several",
                                        "spaces",
                                        "sub_byte"};
-  std::size_t seen = 0;
-  for (const auto& path : corpus()) {
-    const std::string name = path.filename().string();
-    const bool passed = check_input(read_file(path.string()));
-    INFO(name);
-    // Names of the fuzzer's own finds are hashes.
-    if (name.size() < 40) CHECK(passed == valid.contains(name));
-    seen += valid.contains(name) ? 1 : 0;
-  }
-  CHECK(seen == valid.size());
+  check_corpus(CORPUS, valid, check_input);
 }
 
 TEST_CASE("A file from disk is refused for what its bytes are refused for") {
-  for (const auto& path : corpus()) {
+  for (const auto& path : corpus_files(CORPUS)) {
     const std::string bytes = read_file(path.string());
     const std::string by_bytes = error_of([&] { parse_file(path.string(), bytes); });
     CHECK(error_of([&] { SafetensorsReader reader(path.string()); }) == by_bytes);
@@ -96,24 +73,5 @@ TEST_CASE("A valid file with any bit flipped is refused, or is another valid fil
 }
 
 TEST_CASE("Random changes of the corpus make no crash") {
-  std::vector<std::string> files;
-  for (const auto& path : corpus()) files.push_back(read_file(path.string()));
-  Draws draws(7);
-  std::size_t passed = 0;
-  for (int round = 0; round < 30'000; ++round) {
-    std::string bytes = files[draws() % files.size()];
-    for (std::uint32_t change = draws() % 4; !bytes.empty() && change < 4; ++change) {
-      const std::size_t at = draws() % bytes.size();
-      const std::string& from = files[draws() % files.size()];
-      const std::size_t begin = draws() % from.size();
-      switch (draws() % 4) {
-        case 0: bytes[at] = static_cast<char>(draws()); break;
-        case 1: bytes.erase(at, 1 + draws() % 8); break;
-        case 2: bytes.insert(at, from, begin, 1 + draws() % 24); break;
-        default: bytes.replace(at, 1 + draws() % 24, from, begin, 1 + draws() % 24);
-      }
-    }
-    passed += check_input(bytes) ? 1 : 0;
-  }
-  CHECK(passed > 0);
+  check_changes(CORPUS, 30'000, check_input);
 }
