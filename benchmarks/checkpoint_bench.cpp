@@ -33,7 +33,7 @@ namespace fs = std::filesystem;
 
 constexpr double kSaveTarget = 0.80;   ///< rate of a save over that of plain writes
 constexpr double kBytesTarget = 0.01;  ///< bytes written beyond the states
-constexpr double kStallTarget = 1.10;  ///< start() over the copy alone
+constexpr double kStallTarget = 1.10;  ///< how long start() keeps the stream, over the copy alone
 constexpr int kSteps = 2;
 constexpr std::size_t kPlainWrite = std::size_t{1} << 20;  ///< bytes a call
 

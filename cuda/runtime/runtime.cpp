@@ -94,9 +94,9 @@ void event_wait(const Context& ctx, void* event) {
 // Of any thread, so another may be capturing a graph meanwhile, which forbids such questions unless
 // this thread says that it takes no part. The thread may wait for long: it sleeps.
 void event_synchronize(const Context& ctx, void* event) {
-  set_device(ctx);
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   OCTET_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  set_device(ctx);
   cudaError_t status = cudaErrorNotReady;
   while ((status = cudaEventQuery(static_cast<cudaEvent_t>(event))) == cudaErrorNotReady) {
     std::this_thread::sleep_for(std::chrono::microseconds(100));

@@ -6,6 +6,7 @@
 #include <thread>
 #include <utility>
 
+#include "backend.hpp"
 #include "checkpoint/host_buffer.hpp"
 #include "checkpoint/save.hpp"
 #include "octet/checkpoint/checkpoint.hpp"
@@ -50,6 +51,10 @@ struct CheckpointWriter::Impl {
   /// Enqueues the copies: the scalars, then the parts.
   void take_snapshot() {
     const Context& ctx = save->state.ctx;
+    require(
+        detail::backend_of(ctx).capture(ctx) == 0,
+        "CheckpointWriter::start: the engine's stream is being captured; a save is no part of a "
+        "graph");
     const std::size_t bytes = kPartsBegin + save->part_bytes();
     if (snapshot.bytes() < bytes) {
       snapshot = Buffer();  // not both at a time
@@ -133,8 +138,14 @@ std::optional<CheckpointInfo> CheckpointWriter::finish() {
   if (!std::exchange(w.started, false)) return std::nullopt;
   if (w.thread.joinable()) w.thread.join();
   std::optional<Save> save = std::exchange(w.save, std::nullopt);
-  if (!save.has_value()) set_up_together_sync(w.comm, [&] { fail(w.problem); });
-  return commit(*save, w.comm, w.problem);
+  try {
+    if (!save.has_value()) set_up_together_sync(w.comm, [&] { fail(w.problem); });
+    return commit(*save, w.comm, w.problem);
+  } catch (const SetUpError&) {  // on every rank: the next start() sweeps what is left
+    w.first_id.reset();
+    w.saves = 0;
+    throw;
+  }
 }
 
 CheckpointInfo save_checkpoint(Engine& engine, Communicator& comm, const std::string& directory,

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <functional>
 #include <set>
+#include <thread>
 
 #include "support/catch.hpp"
 #include "support/checkpoint_run.hpp"
@@ -63,13 +64,17 @@ TEST_CASE(
                  return text;
                };
                const int rank = comm.rank();
+               const std::set<std::string> before = names_in(directory);
                errors[static_cast<std::size_t>(rank)] = error(2, options_of(rank));
+               all_gather_text_sync(comm, "all have failed");
+               require(names_in(directory) == before, "something of the failed one is left");
+               all_gather_text_sync(comm, "all have looked");
                require(error_of([&] { writer.finish(); }) == "no error", "it was over");
                require(error(3, {.keep = 1}) == "no error", "the next save");
              }});
     CHECK(errors[1] == errors[0]);
     CHECK(errors[2] == errors[0]);
-    CHECK(names_in(directory).size() == 4);  // nothing of the failed one
+    CHECK(names_in(directory).size() == 4);
     fs::remove_all(directory);
     return errors[0];
   };
@@ -84,7 +89,7 @@ TEST_CASE(
   CHECK(missing(errors_of(options_with({}), true), {"\"bias\"", "1 gradient"}) == "");
 }
 
-TEST_CASE("a directory that cannot be made is told at the first start, before training goes on") {
+TEST_CASE("a directory that cannot be made is told at the first start, and the next tries again") {
   const Folder folder;
   std::ofstream(folder.file("file")) << "x";
   std::vector<std::string> errors(3);
@@ -93,13 +98,43 @@ TEST_CASE("a directory that cannot be made is told at the first start, before tr
            .end = 1,
            .after = [&](Engine& engine, Communicator& comm) {
              const int rank = comm.rank();
-             CheckpointWriter writer(engine, comm, folder.file(rank == 2 ? "file" : "run"));
+             CheckpointWriter writer(engine, comm, folder.file("file/run"));
              errors[static_cast<std::size_t>(rank)] = error_of([&] { writer.start(); });
              require(!writer.finish().has_value(), "nothing was started");
+             all_gather_text_sync(comm, "all have failed");
+             const std::string litter = folder.file("file/run/octet-00000009.json.tmp");
+             if (rank == 0) {
+               fs::remove(folder.file("file"));
+               fs::create_directories(folder.file("file/run"));
+               std::ofstream(litter) << "x";
+             }
+             all_gather_text_sync(comm, "the way is free");
+             writer.start();
+             require(!fs::exists(litter), "the next try sweeps, as the first would have");
+             require(writer.finish().has_value(), "the next try");
            }});
   for (const std::string& error : errors) {
-    CHECK(missing(error, {"rank 2", folder.file("file")}) == "");
+    CHECK(missing(error, {"rank 0", folder.file("file")}) == "");
   }
+  CHECK(names_in(folder.file("file/run")).size() == 4);
+}
+
+TEST_CASE("after a commit that failed the next start sweeps what is left") {
+  const Folder folder;
+  const std::string directory = folder.file("run");
+  const std::string stubborn = directory + "/octet-00000002.json";
+  Trained run;
+  CheckpointWriter writer(run.engine, *run.comm, directory);
+  writer.start();
+  fs::create_directories(stubborn + "/full");  // where the index is to go
+  CHECK(missing(error_of([&] { writer.finish(); }), {stubborn}) == "");
+  fs::remove_all(stubborn);
+  CHECK(!names_in(directory).empty());
+  run.go_on(3);
+  writer.start();
+  while (writer.is_writing()) std::this_thread::yield();
+  CHECK(names_in(directory).size() == 1);
+  CHECK(writer.finish()->step == 3);
 }
 
 TEST_CASE("a disk that is full fails the save on every rank and keeps the checkpoint before") {

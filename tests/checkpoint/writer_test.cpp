@@ -7,6 +7,8 @@
 #include <fstream>
 #include <functional>
 #include <set>
+#include <thread>
+#include <utility>
 
 #include "octet/checkpoint/safetensors.hpp"
 #include "octet/comm/sum_reducer.hpp"
@@ -41,10 +43,12 @@ std::map<std::string, std::string> tensors_in(const std::string& directory) {
 
 TEST_CASE("what is written beside training is what the engine was when it began") {
   for (DeviceType device : rank_devices()) {
-    for (int ranks : {1, 3}) {
+    for (const auto& [ranks, offload] : {std::pair(1, false), {3, false}, {2, true}}) {
       const Folder folder;
       const std::string at_once = folder.file("at once"), beside = folder.file("beside");
-      LegResult moved = run_leg({.config = saved_config(),
+      EngineConfig config = saved_config();
+      config.offload_states = offload;
+      LegResult moved = run_leg({.config = config,
                                  .ranks = ranks,
                                  .end = 2,
                                  .device = device,
@@ -62,7 +66,7 @@ TEST_CASE("what is written beside training is what the engine was when it began"
       CHECK(tensors_in(beside) == tensors_in(at_once));
       CHECK(checkpoint_steps(beside) == std::vector<std::int64_t>{2});
       const LegResult same =
-          run_leg({.config = saved_config(), .ranks = ranks, .end = 3, .device = device});
+          run_leg({.config = config, .ranks = ranks, .end = 3, .device = device});
       CHECK(moved.after == same.after);  // saving changes nothing
     }
   }
@@ -125,6 +129,24 @@ TEST_CASE("a step that is saved again takes the place of the first, and litter i
   run.go_on(3);
   load_checkpoint(run.engine, *run.comm, directory);
   CHECK(run.held() == held);
+}
+
+TEST_CASE("a writer that saves a step again leaves the first until the second is complete") {
+  const Folder folder;
+  const std::string directory = folder.file("run");
+  Trained run;
+  CheckpointWriter writer(run.engine, *run.comm, directory);
+  writer.start();
+  const auto first = writer.finish();
+  writer.start();
+  while (writer.is_writing()) std::this_thread::yield();
+  CHECK(names_in(directory).size() == 3);  // an index and two files
+  const Bytes held = run.held();
+  run.go_on(3);
+  CHECK(load_checkpoint(run.engine, *run.comm, directory).id == first->id);
+  CHECK(run.held() == held);
+  CHECK(writer.finish()->id != first->id);
+  CHECK(names_in(directory).size() == 2);
 }
 
 TEST_CASE("litter is gone before a save takes room, and what cannot be removed is no failure") {

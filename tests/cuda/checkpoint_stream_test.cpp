@@ -8,12 +8,13 @@
 #include "support/catch.hpp"
 #include "support/checkpoint_run.hpp"
 #include "support/cuda_stream.hpp"
+#include "support/errors.hpp"
 #include "support/folder.hpp"
 
 namespace octet::test {
 namespace {
 
-/// Holds a stream up until it is opened, or for 20 s.
+/// Holds a stream up until it is opened, or for 20 s. Outlives the stream.
 struct Gate {
   std::atomic<bool> is_open{false}, gave_up{false};
 
@@ -60,6 +61,7 @@ TEST_CASE("a save begins and steps follow while the stream is far behind") {
   }
   const Folder folder;
   const std::string directory = folder.file("run");
+  Gate gate;
   const Stream stream;
   Ready run(stream.get());
   CheckpointWriter writer(run.engine, *run.comm, directory);
@@ -70,7 +72,6 @@ TEST_CASE("a save begins and steps follow while the stream is far behind") {
   const Bytes saved = run.held();
   REQUIRE(saved != before);
 
-  Gate gate;
   gate.close(stream.get());
   writer.start();
   run.enqueue_step();
@@ -93,13 +94,13 @@ TEST_CASE("a graph is captured, in the strictest mode, while a save waits for it
   }
   const Folder folder;
   const std::string directory = folder.file("run");
+  Gate gate;
   const Stream stream, captured;
   Ready run(stream.get());
   CheckpointWriter writer(run.engine, *run.comm, directory);
   writer.start();
   writer.finish();
 
-  Gate gate;
   gate.close(stream.get());
   writer.start();
   REQUIRE(cudaStreamBeginCapture(captured.get(), cudaStreamCaptureModeGlobal) == cudaSuccess);
@@ -110,6 +111,23 @@ TEST_CASE("a graph is captured, in the strictest mode, while a save waits for it
   CHECK(writer.is_writing());
   CHECK(!gate.gave_up);
   gate.is_open = true;
+  CHECK(writer.finish().has_value());
+}
+
+TEST_CASE("a save is no part of a graph") {
+  if (cuda_device_count() == 0) {
+    WARN("no CUDA device: nothing to capture");
+    return;
+  }
+  const Folder folder;
+  const Stream stream;
+  Ready run(stream.get());
+  CheckpointWriter writer(run.engine, *run.comm, folder.file("run"));
+  writer.start();
+  writer.finish();
+  Graph graph(stream.get(), [&] { writer.start(); });
+  CHECK(missing(error_of([&] { writer.finish(); }), {"CheckpointWriter::start", "captured"}) == "");
+  writer.start();
   CHECK(writer.finish().has_value());
 }
 

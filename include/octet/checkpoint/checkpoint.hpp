@@ -30,7 +30,9 @@ namespace octet {
 /// that of rank r % N.
 struct ExtraState {
   std::string name = {};
-  void* data = nullptr;  ///< on the engine's device
+  /// On the engine's device, read and written in the order of its stream: after
+  /// CheckpointWriter::start() it may be changed or freed in that order only.
+  void* data = nullptr;
   std::size_t bytes = 0;
 };
 
@@ -78,16 +80,17 @@ std::vector<std::int64_t> checkpoint_steps(const std::string& directory);
 CheckpointInfo read_checkpoint_info(const std::string& directory,
                                     std::optional<std::int64_t> step = {});
 
-/// Saves what the engine is between two steps, from a copy in host memory while training goes on:
-/// the engine's stream is busy for the copy, and nothing waits. The engine and the communicator
+/// Saves what the engine is between two steps, from a copy in host memory while training goes on,
+/// which is held up for as long as the engine's stream copies. The engine and the communicator
 /// must outlive it. All ranks make the same calls, in the thread that the communicator belongs to,
 /// between step() and the next add_gradient().
 ///
 /// At any moment, and whichever ranks die, the directory holds the last complete checkpoint: files
 /// are written under temporary names, flushed and renamed; finish() has all ranks meet, and only
 /// when the files of all are on the disk rank 0 puts the index in place, flushes the directory and
-/// removes what `keep` does not keep. What saves that died have left behind goes before the first
-/// save begins, so that it takes no room. A directory belongs to one run and one writer at a time:
+/// removes what `keep` does not keep. What saves that died or failed have left behind goes
+/// before a writer's first save, and its first after one that failed, so that it takes no room. A
+/// directory belongs to one run and one writer at a time:
 /// two would take one another's files for such. A step that is saved again replaces the earlier
 /// checkpoint of it.
 ///
@@ -102,13 +105,15 @@ class CheckpointWriter {
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
   /// Enqueues the copy of this rank's part of the state to the host, and has a thread write it once
-  /// it is there. States that are in host memory (EngineConfig::offload_states) are copied, too,
-  /// because steps change them, and by the calling thread, which waits for the stream.
-  /// Finishes an earlier save first. The first call makes the directory, waits for the stream and
-  /// the other ranks, and takes host memory (pinned on CUDA), which is kept; later ones wait for
-  /// nothing. Throws on every rank octet::Error for a directory that cannot be made, and what
-  /// finish() throws of the earlier save. All else that is wrong finish() tells: no rank knows
-  /// before that whether the others have begun.
+  /// it is there: the host does not wait for the stream, nor for other ranks, but where it says so
+  /// here. An earlier save is finished first. The first call, and one after a save that failed,
+  /// makes and sweeps the directory and waits for the stream and the other ranks. Host memory
+  /// (pinned on CUDA) is taken at the first call and kept; where extras have grown it is taken
+  /// anew, which waits for the device. States in host memory (EngineConfig::offload_states) are
+  /// copied, too, because steps change them, and by the calling thread, which waits for the stream.
+  /// Throws on every rank octet::Error for a directory that cannot be made, and what finish()
+  /// throws of the earlier save. All else that is wrong finish() tells: no rank knows before that
+  /// whether the others have begun.
   void start(const SaveOptions& options = {});
   /// Whether this rank's thread is still at work; finish() would wait for it, and for other ranks.
   bool is_writing() const;
