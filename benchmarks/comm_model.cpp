@@ -34,8 +34,9 @@ std::vector<Shape> shapes_of(std::int64_t elements) {
 
 /// FP8 gradients with their scales, and the reducer over them.
 struct CommModel::Reduction {
+  Path path = Path::two_shot;
   octet::Buffer memory;  ///< unless they lie in a window
-  octet::Tensor shard;
+  octet::Tensor shard;   ///< empty where this rank owns nothing
   TensorScale* scales = nullptr;
   std::vector<octet::ReduceTensor> tensors;
   std::unique_ptr<octet::MeanReducer> reducer;
@@ -77,6 +78,7 @@ CommModel::Reduction& CommModel::add(Path path, const octet::Window* window) {
   const octet::Context& ctx = rank_.ctx;
   auto& made = reductions_.emplace_back(std::make_unique<Reduction>());
   Reduction& r = *made;
+  r.path = path;
   const std::size_t scale_bytes = (shapes_.size() * sizeof(TensorScale) + 255) / 256 * 256;
   const std::size_t bytes = scale_bytes + static_cast<std::size_t>(elements_);
   if (window == nullptr) r.memory = octet::Buffer(ctx, bytes);
@@ -173,7 +175,7 @@ void CommModel::verify() const {
   octet::require(octet::read_sync<std::uint32_t>(ctx, flag_.data(), 1).front() == 0,
                  "comm_bench: a gradient is not finite");
   for (const auto& r : reductions_) {
-    if (r->shard.view().numel() != 0) continue;
+    if (r->path == Path::sharded) continue;
     const TensorView& last = r->tensors.back().gradient;
     const auto count = static_cast<std::size_t>(std::min<std::int64_t>(last.numel(), 1 << 16));
     const auto codes = octet::read_sync<char>(
