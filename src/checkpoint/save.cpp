@@ -234,7 +234,7 @@ Save describe_save(Engine& engine, const Communicator& comm, const std::string& 
 void write_rank_file(Save& save, const AdamwScalars& scalars, const PartSource& source) {
   save.step = scalars.step;
   save.skipped = scalars.skipped;
-  make_directory(save.directory);
+  make_directory(save.directory);  // who opened it may have been gone for long
   if (save.rank == 0) check_directory(save.directory, save.step);
   std::vector<FileTensor> tensors;
   for (const SavePart& part : save.parts) tensors.push_back(part.tensor);

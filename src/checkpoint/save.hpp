@@ -50,8 +50,8 @@ struct Save {
   std::size_t part_bytes() const;  ///< of all parts
 };
 
-/// Makes the directory, removes what saves that died have left (which may fill the disk), and has
-/// rank 0 choose a number at random. No rank writes before it has heard that.
+/// Makes the directory, removes what saves that died or failed have left (which may fill the disk),
+/// and has rank 0 choose a number at random. No rank writes before it has heard that.
 std::uint64_t open_directory(const std::string& directory, Communicator& comm);
 
 /// What this rank is to save, but for `id`; checks options and state.

@@ -147,6 +147,10 @@ TEST_CASE("a writer that saves a step again leaves the first until the second is
   CHECK(run.held() == held);
   CHECK(writer.finish()->id != first->id);
   CHECK(names_in(directory).size() == 2);
+  fs::remove_all(directory);
+  writer.start();
+  writer.finish();
+  CHECK(checkpoint_steps(directory) == std::vector<std::int64_t>{2});
 }
 
 TEST_CASE("litter is gone before a save takes room, and what cannot be removed is no failure") {

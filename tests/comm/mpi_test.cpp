@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Run by mpiexec with 1, 2, 3 and 5 ranks, all of which run every case. How ranks die is in
 // mpi_failure_test.
-#define CATCH_CONFIG_RUNNER
 #include "octet/comm/mpi.hpp"
 
 #include <mpi.h>
@@ -410,11 +409,3 @@ TEST_CASE("MPI that the program began is the program's to end") {
 }
 
 }  // namespace octet::test
-
-int main(int argc, char** argv) {
-  int provided = 0;
-  MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
-  const int failures = Catch::Session().run(argc, argv);
-  MPI_Finalize();
-  return failures == 0 ? 0 : 1;
-}

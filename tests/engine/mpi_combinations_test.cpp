@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The walk of combinations_test over MPI. Run by mpiexec with 1 and 4 ranks, all of which walk the
 // same list.
-#define CATCH_CONFIG_RUNNER
 #include <mpi.h>
 
 #include "octet/comm/mpi.hpp"
@@ -48,11 +47,3 @@ TEST_CASE("over MPI combinations that do not run are refused with the reason") {
 }
 
 }  // namespace octet::test
-
-int main(int argc, char** argv) {
-  int provided = 0;
-  MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
-  const int failures = Catch::Session().run(argc, argv);
-  MPI_Finalize();
-  return failures == 0 ? 0 : 1;
-}
